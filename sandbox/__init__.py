@@ -1,0 +1,1 @@
+"""Compose, train and measure early-fusion multimodal models."""

@@ -1,0 +1,1 @@
+"""The Llama 4 text decoder. Has never heard of images."""

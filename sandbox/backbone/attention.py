@@ -1,0 +1,193 @@
+"""Grouped-query attention with iRoPE: local chunked RoPE layers and global NoPE layers.
+
+Which keys a query may see is decided once a forward pass, by ``Visibility``, and shared by all
+layers. Rows that are plain sequences never build a mask.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sandbox.backbone import rope
+from sandbox.backbone.config import BackboneConfig
+
+if TYPE_CHECKING:
+    from sandbox.backbone.cache import KVCache
+
+NOWHERE = -2  # a document that no token belongs to: its keys are seen by nothing
+Coordinates = tuple[Tensor, Tensor, Tensor]  # positions, documents, branches
+
+
+def visible(query: Coordinates, key: Coordinates, chunk: int | None) -> Tensor:
+    """The visibility rule: bool ``[..., Tq, Tk]`` from (positions, documents, branches) of each.
+
+    A query sees a key of the same document that is not after it, on the trunk (branch 0) or its
+    own branch and, on local layers, in the same chunk of positions. Rows are queries. Two packed
+    documents of 3 and 2 tokens (``documents = 0 0 0 1 1``), globally and with ``chunk = 2``::
+
+        1 . . . .      1 . . . .
+        1 1 . . .      1 1 . . .
+        1 1 1 . .      . . 1 . .
+        . . . 1 .      . . . 1 .
+        . . . 1 1      . . . 1 1
+
+    Two questions behind an image of two tokens (``branches = 0 0 1 1 2``, ``positions = 0 1 2 3
+    2``)::
+
+        1 . . . .
+        1 1 . . .
+        1 1 1 . .
+        1 1 1 1 .
+        1 1 . . 1
+    """
+    q_position, q_document, q_branch = (x.unsqueeze(-1) for x in query)
+    k_position, k_document, k_branch = (x.unsqueeze(-2) for x in key)
+    mask = (q_document == k_document) & (k_position <= q_position)
+    mask &= (k_branch == 0) | (k_branch == q_branch)
+    if chunk is not None:
+        mask &= q_position // chunk == k_position // chunk
+    return mask
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = True
+) -> Tensor:
+    """Softmax attention of ``q [B, Tq, H, K]`` over ``k, v [B, Tk, G, K]``.
+
+    Under ``mask``, bool ``[B, Tq, Tk]``; without one, causal or over all keys. Returns
+    ``[B, Tq, H, K]``.
+    """
+    return F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=None if mask is None else mask.unsqueeze(1),
+        is_causal=causal and mask is None,
+        enable_gqa=q.shape[2] != k.shape[2],
+    ).transpose(1, 2)
+
+
+class Visibility:
+    """Positions, documents and branches of one forward pass, and attention under their rule.
+
+    Attributes:
+        positions: int64 ``[B, T]``, true positions.
+        turn: rotary cosines and sines of them.
+        temperature: fp32 ``[B, T, 1, 1]`` factor of NoPE queries, or None when it is off.
+    """
+
+    def __init__(
+        self,
+        config: BackboneConfig,
+        frequency: Tensor,
+        positions: Tensor,
+        documents: Tensor | None = None,
+        branches: Tensor | None = None,
+        plain: bool = False,
+    ) -> None:
+        self.chunk = config.chunk
+        self.positions = positions
+        self.documents = documents
+        self.branches = branches
+        self.plain = plain and documents is None and branches is None
+        self.turn = rope.rotation(positions, frequency)
+        self.temperature = None
+        if config.temperature_scale:
+            steps = torch.floor((positions + 1) / config.temperature_floor)
+            self.temperature = (1 + config.temperature_scale * torch.log1p(steps))[..., None, None]
+        self._masks: dict[bool, Tensor] = {}
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """Positions, documents and branches, each ``[B, T]``."""
+        zeros = torch.zeros_like(self.positions)
+        documents = zeros if self.documents is None else self.documents
+        return self.positions, documents, zeros if self.branches is None else self.branches
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, local: bool) -> Tensor:
+        """Self-attention of a whole sequence, ``[B, T, heads, K]`` each, without a cache."""
+        T = q.shape[1]
+        chunk = self.chunk if local else None
+        if self.plain:
+            return attend(q, k, v) if chunk is None or chunk >= T else self._folded(q, k, v, chunk)
+        if chunk is not None and self.branches is None and 2 * chunk < T:
+            return self._folded_with_neighbour(q, k, v, chunk)
+        if local not in self._masks:
+            self._masks[local] = visible(self.coordinates, self.coordinates, chunk)
+        return attend(q, k, v, self._masks[local])
+
+    def _folded(self, q: Tensor, k: Tensor, v: Tensor, C: int) -> Tensor:
+        """Local attention of plain rows: chunks become rows of the batch; exact, and no mask."""
+        B, T = q.shape[:2]
+        # Padding falls behind every true token of the last chunk, where causality hides it.
+        q, k, v = (
+            F.pad(x, (0, 0, 0, 0, 0, -T % C)).reshape(-1, C, *x.shape[2:]) for x in (q, k, v)
+        )
+        return attend(q, k, v).reshape(B, -1, *q.shape[2:])[:, :T]
+
+    def _folded_with_neighbour(self, q: Tensor, k: Tensor, v: Tensor, C: int) -> Tensor:
+        """Local attention of packed rows: each fold of C queries sees its own and the last fold.
+
+        A chunk of positions is at most C places long and contiguous, so it begins no earlier than
+        one fold before the query's; the mask picks it out.
+        """
+        B, T = q.shape[:2]
+        tail = -T % C
+        q = F.pad(q, (0, 0, 0, 0, 0, tail)).reshape(-1, C, *q.shape[2:])
+        k, v = (
+            F.pad(x, (0, 0, 0, 0, C, tail)).unfold(1, 2 * C, C).movedim(-1, 2).flatten(0, 1)
+            for x in (k, v)
+        )
+        if True not in self._masks:
+            padded = [
+                F.pad(x, (C, tail), value=fill)
+                for x, fill in zip(self.coordinates, (0, NOWHERE, 0), strict=True)
+            ]
+            p, d, b = (x[:, C:].unflatten(1, (-1, C)) for x in padded)
+            keys = [x.unfold(1, 2 * C, C) for x in padded]
+            mask = visible((p, d, b), (keys[0], keys[1], keys[2]), C)
+            self._masks[True] = mask.flatten(0, 1)
+        return attend(q, k, v, self._masks[True]).reshape(B, -1, *q.shape[2:])[:, :T]
+
+
+class Attention(nn.Module):
+    """One attention layer; RoPE and local, or NoPE, global and tempered, by its number.
+
+    Source: Meta's reference code, ``models/llama4/model.py``, ``Attention``. The qk-norm follows
+    the rotation and exists on RoPE layers only; it has no weights.
+    """
+
+    def __init__(self, config: BackboneConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.rope = config.uses_rope(layer)
+        self.head_dim = config.head_dim
+        self.qk_norm = config.qk_norm
+        self.norm_eps = config.norm_eps
+        self.query = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
+        self.key = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
+        self.value = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
+        self.output = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
+
+    def forward(self, x: Tensor, visibility: Visibility, cache: "KVCache | None" = None) -> Tensor:
+        """Attend within ``x [B, T, D]`` and, with a cache, over what it holds."""
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim))
+            for project in (self.query, self.key, self.value)
+        )
+        if self.rope:
+            q, k = rope.rotate(q, visibility.turn), rope.rotate(k, visibility.turn)
+            if self.qk_norm:
+                q, k = self._normed(q), self._normed(k)
+        elif visibility.temperature is not None:
+            q = q * visibility.temperature.to(q.dtype)
+        if cache is None:
+            mixed = visibility.attend(q, k, v, local=self.rope)
+        else:
+            mixed = cache.attend(self.layer, q, k, v, visibility)
+        return self.output(mixed.flatten(-2))
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (self.head_dim,), eps=self.norm_eps).type_as(x)

@@ -1,0 +1,141 @@
+"""The KV cache: every position for global layers, one chunk for local ones.
+
+A token's slot is its true position (modulo the chunk, on local layers), row by row. Rows of unequal
+length therefore need no padding on the left: what padding on the right writes is hidden by the
+rule ``slot <= position`` until the tokens that follow overwrite it.
+"""
+
+import torch
+from torch import Tensor
+
+from sandbox.backbone.attention import NOWHERE, Visibility, attend, visible
+from sandbox.backbone.config import BackboneConfig
+from sandbox.errors import UserError
+
+
+class KVCache:
+    """Preallocated keys and values ``[B, slots, G, K]`` of every layer.
+
+    Attributes:
+        lengths: int64 ``[B]``, tokens that each row has seen.
+        longest: the largest of them, known without asking the device.
+        even: whether all rows are equally long, so that decoding needs no mask.
+    """
+
+    def __init__(self, config: BackboneConfig, rows: int, capacity: int, like: Tensor) -> None:
+        """Room for ``rows`` rows of ``capacity`` tokens, on the device and dtype of ``like``."""
+        self.chunk = config.chunk
+        self.capacity = capacity
+        self.local = [
+            config.uses_rope(i) and config.chunk is not None for i in range(config.layers)
+        ]
+        slots = [min(config.chunk or capacity, capacity) if x else capacity for x in self.local]
+        shapes = [(rows, s, config.kv_heads, config.head_dim) for s in slots]
+        self.keys = [like.new_zeros(shape) for shape in shapes]
+        self.values = [like.new_zeros(shape) for shape in shapes]
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=like.device)
+        self.longest = 0
+        self.even = True
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the keys and values take."""
+        return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values))
+
+    def select(self, rows: Tensor) -> None:
+        """Keep (or repeat) the given rows, int64 ``[B']``: rows that are done can leave."""
+        self.keys = [x[rows] for x in self.keys]
+        self.values = [x[rows] for x in self.values]
+        self.lengths = self.lengths[rows]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, view: Visibility) -> Tensor:
+        """Attention of new tokens ``[B, T, heads, K]`` over the row so far, which they then join.
+
+        Raises:
+            UserError: the row would outgrow the cache.
+        """
+        T = q.shape[1]
+        if self.longest + T > self.capacity:
+            raise UserError(
+                f"the KV cache holds {self.capacity} tokens a row, {self.longest + T} are needed"
+            )
+        if self.longest == 0:
+            mixed = view.attend(q, k, v, local=self.local[layer])
+            self._write(layer, k, v, view)
+        elif T == 1:
+            mixed = self._decode(layer, q, k, v)
+        else:
+            mixed = self._extend(layer, q, k, v, view)
+            self._write(layer, k, v, view)
+        return mixed
+
+    def advance(self, T: int, view: Visibility) -> None:
+        """Count the T tokens that every layer has now seen; padding (right of a row) is not one."""
+        if view.documents is None:
+            self.lengths += T
+        else:
+            self.even = False
+            self.lengths += (view.documents >= 0).sum(dim=1)
+        self.longest += T
+
+    def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One token a row: write its slot, then attend over the slots up to it."""
+        keys, values, seen = self.keys[layer], self.values[layer], self.longest
+        slot = self.lengths
+        if self.local[layer]:
+            assert self.chunk is not None
+            slot, seen = slot % self.chunk, seen % self.chunk if self.even else self.chunk - 1
+        if self.even:
+            keys[:, seen], values[:, seen] = k[:, 0], v[:, 0]
+            return attend(q, keys[:, : seen + 1], values[:, : seen + 1], causal=False)
+        rows = torch.arange(len(slot), device=slot.device)
+        keys[rows, slot], values[rows, slot] = k[:, 0], v[:, 0]
+        seen = min(seen + 1, keys.shape[1])
+        mask = torch.arange(seen, device=slot.device) <= slot[:, None, None]
+        return attend(q, keys[:, :seen], values[:, :seen], mask)
+
+    def _extend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, view: Visibility) -> Tensor:
+        """Several tokens behind others: attend over what is held and over themselves."""
+        held = min(self.longest, self.keys[layer].shape[1])
+        local = self.local[layer]
+        lengths = self.lengths[:, None]
+        positions = torch.arange(held, device=lengths.device).expand(len(lengths), held)
+        if local:
+            assert self.chunk is not None
+            positions = lengths // self.chunk * self.chunk + positions
+        documents = torch.where(positions < lengths, 0, NOWHERE)
+        branches = torch.zeros_like(positions)
+        new = view.coordinates
+        old = (positions, documents, branches)
+        both = (
+            torch.cat((old[0], new[0]), dim=1),
+            torch.cat((old[1], new[1]), dim=1),
+            torch.cat((old[2], new[2]), dim=1),
+        )
+        return attend(
+            q,
+            torch.cat((self.keys[layer][:, :held], k), dim=1),
+            torch.cat((self.values[layer][:, :held], v), dim=1),
+            visible(new, both, self.chunk if local else None),
+        )
+
+    def _write(self, layer: int, k: Tensor, v: Tensor, view: Visibility) -> None:
+        """Store new keys and values ``[B, T, G, K]``; a local layer keeps the open chunk alone."""
+        B, T = k.shape[:2]
+        slots = self.keys[layer].shape[1]
+        if not self.local[layer] and self.even:
+            span = slice(self.longest, self.longest + T)
+            self.keys[layer][:, span], self.values[layer][:, span] = k, v
+            return
+        lengths = self.lengths[:, None]
+        slot = torch.arange(slots, device=k.device).expand(B, slots)
+        ends = lengths + (
+            T if view.documents is None else (view.documents >= 0).sum(1, keepdim=True)
+        )
+        if self.local[layer]:
+            assert self.chunk is not None
+            slot = ends // self.chunk * self.chunk + slot  # positions of the chunk the row is in
+        fresh = ((slot >= lengths) & (slot < ends))[..., None, None]
+        source = (slot - lengths).clamp(0, T - 1)[..., None, None].expand(-1, -1, *k.shape[2:])
+        for held, new in ((self.keys[layer], k), (self.values[layer], v)):
+            held.copy_(torch.where(fresh, new.gather(1, source), held))

@@ -1,0 +1,43 @@
+"""Interleaved rotary position embedding (RoFormer, arXiv 2104.09864) and Llama 3's scaling."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sandbox.backbone.config import RopeScaling
+
+
+def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
+    """Rotary frequencies in radians a position, fp32 ``[K / 2]``.
+
+    Source: Meta's reference code, ``models/llama4/model.py``, ``apply_scaling``.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequency = 1.0 / theta**exponents
+    if scaling is None:
+        return frequency
+    wavelength = 2 * math.pi / frequency
+    longest = scaling.original_context / scaling.low
+    shortest = scaling.original_context / scaling.high
+    stretched = frequency / scaling.factor
+    scaled = torch.where(wavelength > longest, stretched, frequency)
+    if scaling.high > scaling.low:  # with low == high there is no band to blend (and a 0 / 0)
+        kept = (scaling.original_context / wavelength - scaling.low) / (scaling.high - scaling.low)
+        band = (wavelength >= shortest) & (wavelength <= longest)
+        scaled = torch.where(band, (1 - kept) * stretched + kept * frequency, scaled)
+    return scaled
+
+
+def rotation(positions: Tensor, frequency: Tensor) -> Tensor:
+    """Cosines and sines of every position: fp32 ``[2, B, T, 1, K / 2]`` of positions ``[B, T]``."""
+    angle = positions[..., None, None].float() * frequency
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Rotate adjacent pairs (2i, 2i + 1) of ``x [B, T, heads, K]`` in fp32, by ``rotation``."""
+    cos, sin = turn
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).type_as(x)

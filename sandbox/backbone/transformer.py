@@ -1,0 +1,164 @@
+"""The decoder: blocks of attention and feed-forward between an embedding and a head."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sandbox.backbone import rope
+from sandbox.backbone.attention import Attention, Visibility
+from sandbox.backbone.cache import KVCache
+from sandbox.backbone.config import BackboneConfig
+from sandbox.backbone.moe import Experts, FeedForward, MoE, Routing
+
+
+class Block(nn.Module):
+    """One decoder layer, pre-norm: ``x + attention(norm(x))``, then ``x + ffn(norm(x))``."""
+
+    def __init__(self, config: BackboneConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.ffn_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.ffn: FeedForward | MoE = (
+            MoE(config, layer)
+            if config.is_moe(layer)
+            else FeedForward(config.width, config.dense_hidden)
+        )
+
+    def forward(
+        self, x: Tensor, visibility: Visibility, cache: KVCache | None
+    ) -> tuple[Tensor, Routing | None]:
+        """Map ``x [B, T, D]`` to the same shape; mixture layers also say how they routed."""
+        x = x + self.attention(self.attention_norm(x), visibility, cache)
+        if isinstance(self.ffn, MoE):
+            y, routing = self.ffn(self.ffn_norm(x))
+            return x + y, routing
+        return x + self.ffn(self.ffn_norm(x)), None
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What the backbone returns.
+
+    Attributes:
+        hidden: ``[B, T, D]``, after the last norm; ``Backbone.unembed`` makes logits of it.
+        routing: what the router of each mixture layer did, in layer order.
+    """
+
+    hidden: Tensor
+    routing: tuple[Routing, ...]
+
+
+class Backbone(nn.Module):
+    """Llama 4's text decoder in its trainable form. Text alone, or embeddings from a fusion."""
+
+    frequency: Tensor
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+        frequency = rope.frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        self.register_buffer("frequency", frequency, persistent=False)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draw every matrix from a normal distribution; what writes to the residual is scaled down.
+
+        The residual stream sums 2 * layers outputs; dividing their scale by the root of that
+        number keeps its variance independent of depth (GPT-2, section 2.3).
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2:
+                parameter.fill_(1.0)
+                continue
+            writes = name.endswith(("attention.output.weight", "down.weight", "experts.down"))
+            depth = (2 * self.config.layers) ** -0.5 if writes else 1.0
+            parameter.normal_(std=self._std(name, parameter) * depth)
+
+    def _std(self, name: str, parameter: Tensor) -> float:
+        if self.config.init_std is not None:
+            return self.config.init_std
+        if name == "embed.weight":
+            return 1.0
+        # Stacked experts are applied as x @ W, linear layers as x @ W.T: fan-in stands elsewhere.
+        fan_in = parameter.shape[-2] if parameter.ndim == 3 else parameter.shape[-1]
+        return fan_in**-0.5
+
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        *,
+        embeds: Tensor | None = None,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        branches: Tensor | None = None,
+        cache: KVCache | None = None,
+        adapters: Mapping[int, nn.Module] | None = None,
+        context: Any = None,
+    ) -> Decoded:
+        """Decode tokens or their embeddings.
+
+        Args:
+            tokens: int64 ``[B, T]``.
+            embeds: ``[B, T, D]``, instead of tokens.
+            positions: true positions ``[B, T]``; without, rows count on from what the cache holds.
+            documents: packing ids ``[B, T]``; tokens see their own document only, and negative ids
+                are padding. With a cache, a row is one document, padded on the right.
+            branches: ``[B, T]``, see ``attention.visible``; not with a cache.
+            cache: keys and values so far; the new tokens join it.
+            adapters: modules called as ``module(hidden, context)`` before the given layers.
+            context: what the adapters need.
+
+        Raises:
+            ValueError: both or neither of tokens and embeds are given, or branches with a cache.
+        """
+        if (tokens is None) == (embeds is None):
+            raise ValueError("the backbone reads either tokens or embeds, and needs one of them")
+        if cache is not None and branches is not None:
+            raise ValueError("branches share a prefix within one forward pass: not with a cache")
+        x = self.embed(tokens) if embeds is None else embeds
+        B, T = x.shape[:2]
+        plain = positions is None
+        if positions is None:
+            positions = torch.arange(T, device=x.device).expand(B, T)
+            if cache is not None:
+                positions = positions + cache.lengths[:, None]
+        plain = plain and (cache is None or cache.longest == 0)
+        visibility = Visibility(
+            self.config, self.frequency, positions, documents, branches, plain=plain
+        )
+        routing: list[Routing] = []
+        for i, layer in enumerate(self.layers):
+            if adapters and i in adapters:
+                x = adapters[i](x, context)
+            x, routed = layer(x, visibility, cache)
+            if routed is not None:
+                routing.append(routed)
+        if cache is not None:
+            cache.advance(T, visibility)
+        return Decoded(self.norm(x), tuple(routing))
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of hidden states ``[..., D]``."""
+        return self.head(hidden)
+
+    def mixtures(self) -> dict[int, MoE]:
+        """The mixture layers by layer number."""
+        return {i: block.ffn for i, block in enumerate(self.layers) if isinstance(block.ffn, MoE)}
+
+
+def routed_parameters(backbone: Backbone) -> int:
+    """Parameters of all routed experts, of which a token visits ``top_k / experts``."""
+    return sum(
+        p.numel() for m in backbone.modules() if isinstance(m, Experts) for p in m.parameters()
+    )

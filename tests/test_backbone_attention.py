@@ -1,0 +1,156 @@
+"""Who may see whom: the rule, its drawings, and the folded ways of computing it."""
+
+import pytest
+import torch
+
+from sandbox.backbone.attention import Visibility, attend, visible
+from sandbox.backbone.config import BackboneConfig
+from sandbox.backbone.transformer import Backbone
+
+
+def drawn(picture: str) -> torch.Tensor:
+    """A mask from rows of 1 and dot."""
+    return torch.tensor([[c == "1" for c in row.split()] for row in picture.strip().splitlines()])
+
+
+def rule(positions, documents, branches, chunk=None):
+    """The mask of a sequence over itself."""
+    coordinates = tuple(torch.tensor(x) for x in (positions, documents, branches))
+    return visible(coordinates, coordinates, chunk)
+
+
+def test_packed_documents_as_drawn():
+    """Guards against packed samples that see each other."""
+    sequence = ([0, 1, 2, 0, 1], [0, 0, 0, 1, 1], [0] * 5)
+    everywhere = """
+        1 . . . .
+        1 1 . . .
+        1 1 1 . .
+        . . . 1 .
+        . . . 1 1
+    """
+    chunked = """
+        1 . . . .
+        1 1 . . .
+        . . 1 . .
+        . . . 1 .
+        . . . 1 1
+    """
+    assert rule(*sequence).equal(drawn(everywhere))
+    assert rule(*sequence, chunk=2).equal(drawn(chunked))
+
+
+def test_branches_as_drawn():
+    """Guards against a question that sees its neighbour's answer."""
+    picture = """
+        1 . . . .
+        1 1 . . .
+        1 1 1 . .
+        1 1 1 1 .
+        1 1 . . 1
+    """
+    assert rule([0, 1, 2, 3, 2], [0] * 5, [0, 0, 1, 1, 2]).equal(drawn(picture))
+
+
+CONFIG = BackboneConfig(chunk=5)
+
+
+def random_qkv(B: int, T: int):
+    """Queries of four heads, keys and values of two, with gradients."""
+    torch.manual_seed(0)
+    return [torch.randn(B, T, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+
+
+def compare(view: Visibility, mask: torch.Tensor, qkv) -> None:
+    """Folded attention and its gradients equal the dense mask's."""
+    results = []
+    for out in (view.attend(*qkv, local=True), attend(*qkv, mask)):
+        results.append((out, *torch.autograd.grad(out.square().sum(), qkv)))
+    for folded, dense in zip(*results, strict=True):
+        torch.testing.assert_close(folded, dense, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("T", [4, 5, 11, 30])
+def test_folding_plain_rows_is_exact(T):
+    """Guards against a chunk edge off by one and against padding that leaks."""
+    positions = torch.arange(T).expand(2, T)
+    view = Visibility(CONFIG, torch.ones(4), positions, plain=True)
+    compare(view, visible(view.coordinates, view.coordinates, 5), random_qkv(2, T))
+
+
+def test_folding_packed_rows_is_exact():
+    """Guards against documents whose chunks do not line up with the folds."""
+    lengths = [[13, 9, 3], [7, 12, 4]]
+    positions = torch.stack(
+        [
+            torch.cat([torch.arange(n) for n in row] + [torch.zeros(25 - sum(row))])
+            for row in lengths
+        ]
+    ).long()
+    documents = torch.full((2, 25), -1)
+    for b, row in enumerate(lengths):
+        start = 0
+        for d, n in enumerate(row):
+            documents[b, start : start + n] = d
+            start += n
+    view = Visibility(CONFIG, torch.ones(4), positions, documents)
+    mask = visible(view.coordinates, view.coordinates, 5)
+    qkv = random_qkv(2, 25)
+    folded = view.attend(*qkv, local=True)
+    real = documents >= 0
+    torch.testing.assert_close(folded[real], attend(*qkv, mask)[real], atol=1e-5, rtol=1e-5)
+    assert not folded.isnan().any()
+
+
+def small(**changes) -> Backbone:
+    """A backbone with local and global layers."""
+    torch.manual_seed(0)
+    return Backbone(BackboneConfig(vocab_size=50, chunk=4, init_std=0.2, **changes)).eval()
+
+
+def test_packed_samples_cannot_see_each_other():
+    """Guards against nanoVLM's packing bug: sample B's logits must ignore sample A."""
+    model = small()
+    a, b = torch.randint(0, 50, (2, 12))
+    row = torch.cat((a, b))[None]
+    documents = torch.tensor([[0] * 12 + [1] * 12])
+    positions = torch.arange(12).repeat(2)[None]
+    packed = model(row, positions=positions, documents=documents).hidden
+    torch.testing.assert_close(packed[0, 12:], model(b[None]).hidden[0], atol=2e-5, rtol=0)
+    other = torch.cat((torch.randint(0, 50, (12,)), b))[None]
+    changed = model(other, positions=positions, documents=documents).hidden
+    torch.testing.assert_close(changed[0, 12:], packed[0, 12:], atol=2e-5, rtol=0)
+    assert not torch.allclose(changed[0, :12], packed[0, :12], atol=1e-2)
+
+
+def test_each_branch_equals_its_own_row():
+    """Guards against question packing that differs from asking one by one."""
+    model = small()
+    trunk, one, two = (torch.randint(0, 50, (n,)) for n in (6, 5, 7))
+    row = torch.cat((trunk, one, two))[None]
+    branches = torch.tensor([[0] * 6 + [1] * 5 + [2] * 7])
+    positions = torch.cat((torch.arange(11), torch.arange(6, 13)))[None]
+    packed = model(row, positions=positions, branches=branches).hidden[0]
+    for branch, span in ((one, slice(6, 11)), (two, slice(11, 18))):
+        alone = model(torch.cat((trunk, branch))[None]).hidden[0, 6:]
+        torch.testing.assert_close(packed[span], alone, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("nope_every", [0, 1, 4])
+def test_later_tokens_never_change_earlier_ones(nope_every):
+    """Guards against a mask that is not causal, on all-RoPE, all-NoPE and mixed stacks."""
+    model = small(nope_every=nope_every)
+    tokens = torch.randint(0, 50, (1, 13))
+    changed = tokens.clone()
+    changed[0, 9:] = (changed[0, 9:] + 1) % 50
+    before, after = model(tokens).hidden, model(changed).hidden
+    torch.testing.assert_close(before[:, :9], after[:, :9], atol=2e-5, rtol=0)
+    assert not torch.allclose(before[:, 9:], after[:, 9:], atol=1e-2)
+
+
+def test_temperature_follows_true_positions_under_packing():
+    """Guards against transformers' use of the slot: a packed document keeps its own positions."""
+    model = small(nope_every=1, temperature_floor=2, temperature_scale=0.5)
+    tokens = torch.randint(0, 50, (1, 8))
+    shifted = model(tokens, positions=torch.arange(8)[None] + 100).hidden
+    assert not torch.allclose(shifted, model(tokens).hidden, atol=1e-4)

@@ -1,0 +1,103 @@
+"""Cached decoding is the full forward pass, whatever the split and the rows' lengths."""
+
+import pytest
+import torch
+
+from sandbox.backbone.cache import KVCache
+from sandbox.backbone.config import BackboneConfig
+from sandbox.backbone.transformer import Backbone
+from sandbox.errors import UserError
+
+VOCABULARY, T = 61, 29
+TOLERANCE = {"atol": 2e-5, "rtol": 0}
+
+
+def backbone(chunk: int | None) -> Backbone:
+    """Every feature on, weights large enough that a misplaced key shows."""
+    torch.manual_seed(0)
+    config = BackboneConfig(
+        vocab_size=VOCABULARY,
+        width=48,
+        layers=5,
+        heads=4,
+        kv_heads=2,
+        head_dim=12,
+        expert_hidden=32,
+        dense_hidden=40,
+        moe_every=2,
+        chunk=chunk,
+        temperature_floor=4,
+        init_std=0.2,
+    )
+    return Backbone(config).eval()
+
+
+def logits(model: Backbone, *args, **kwargs):
+    """Logits of one call, without gradient."""
+    with torch.no_grad():
+        return model.unembed(model(*args, **kwargs).hidden)
+
+
+@pytest.mark.parametrize("chunk", [4, 8, None])
+@pytest.mark.parametrize(
+    "split", [[T], [1] * T, [5, 6, 1, 1, 9, 7], [8, 8, 13], [20, *[1] * 9]], ids=str
+)
+def test_cached_equals_full_across_chunk_boundaries(chunk, split):
+    """Guards against a mask forgotten for one token, and a chunk that keeps or loses a key."""
+    model = backbone(chunk)
+    tokens = torch.randint(0, VOCABULARY, (2, T))
+    cache = KVCache(model.config, rows=2, capacity=T, like=torch.zeros(()))
+    pieces = [logits(model, piece, cache=cache) for piece in tokens.split(split, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), logits(model, tokens), **TOLERANCE)
+
+
+@pytest.mark.parametrize("chunk", [4, 8, None])
+def test_ragged_rows_decode_as_if_alone(chunk):
+    """Guards against padding that shifts positions or is attended to."""
+    model = backbone(chunk)
+    prompt, reply = (torch.randint(0, VOCABULARY, (2, n)) for n in (T, 12))
+    short = 13
+    documents = torch.zeros_like(prompt)
+    documents[1, short:] = -1
+    cache = KVCache(model.config, rows=2, capacity=T + 12, like=torch.zeros(()))
+    model(prompt, documents=documents, cache=cache)
+    decoded = torch.cat([logits(model, t, cache=cache) for t in reply.split(1, dim=1)], dim=1)
+    for row, length in ((0, T), (1, short)):
+        alone = torch.cat((prompt[row, :length], reply[row]))[None]
+        torch.testing.assert_close(decoded[row], logits(model, alone)[0, length:], **TOLERANCE)
+
+
+def test_rows_can_leave():
+    """Guards against rows mixed up when a finished reply leaves the batch."""
+    model = backbone(8)
+    tokens = torch.randint(0, VOCABULARY, (3, 11))
+    cache = KVCache(model.config, rows=3, capacity=20, like=torch.zeros(()))
+    model(tokens[:, :10], cache=cache)
+    cache.select(torch.tensor([2, 0]))
+    kept = tokens[[2, 0]]
+    expected = logits(model, kept)[:, 10:]
+    torch.testing.assert_close(logits(model, kept[:, 10:], cache=cache), expected, **TOLERANCE)
+
+
+def test_local_layers_hold_one_chunk():
+    """Guards against a cache that grows with the context on every layer."""
+    config = BackboneConfig(layers=4, chunk=8, nope_every=4)
+    cache = KVCache(config, rows=1, capacity=1000, like=torch.zeros(()))
+    assert [keys.shape[1] for keys in cache.keys] == [8, 8, 8, 1000]
+
+
+def test_overflow_names_both_numbers():
+    """Guards against silent overwriting of the oldest keys."""
+    model = backbone(8)
+    cache = KVCache(model.config, rows=1, capacity=4, like=torch.zeros(()))
+    with pytest.raises(UserError, match=r"holds 4 .* 5 are needed"):
+        model(torch.zeros(1, 5, dtype=torch.int64), cache=cache)
+
+
+def test_branches_with_a_cache_are_refused():
+    """Guards against branches silently seeing each other through the cache."""
+    model = backbone(8)
+    cache = KVCache(model.config, rows=1, capacity=4, like=torch.zeros(()))
+    tokens = torch.zeros(1, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="branches"):
+        model(tokens, branches=tokens, cache=cache)
