@@ -1,0 +1,1 @@
+"""Pixels to patch features. Knows nothing of text, fusion or training."""

@@ -1,0 +1,54 @@
+"""The contract of a vision encoder: uint8 tiles are normalised, then become patch features."""
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class VisionEncoder(nn.Module, ABC):
+    """Turns square tiles into a row-major grid of patch features.
+
+    Subclasses set the five attributes below in ``__init__`` and implement ``forward``. The
+    constructor's arguments, defaults included, are recorded in ``init_args``, so that a checkpoint
+    can rebuild the encoder from its class path even if a default changes; they must therefore be
+    plain values (numbers, strings, lists).
+    """
+
+    width: int  # V, features per patch
+    grid: int  # patches a side; P = grid * grid
+    tile_size: int  # S, pixels a side of one tile (not the patch size)
+    mean: tuple[float, float, float]  # of RGB in 0..1, its preprocessing
+    std: tuple[float, float, float]
+    init_args: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "VisionEncoder":
+        """Record the arguments before ``__init__`` of the subclass sees them."""
+        self = super().__new__(cls)
+        bound = inspect.signature(cls).bind_partial(*args, **kwargs)
+        bound.apply_defaults()
+        object.__setattr__(self, "init_args", dict(bound.arguments))
+        return self
+
+    @abstractmethod
+    def forward(self, tiles: Tensor) -> Tensor:
+        """Encode normalised tiles ``[N, 3, S, S]`` to patch features ``[N, P, V]``, row-major."""
+
+    def normalize(self, tiles: Tensor) -> Tensor:
+        """Map uint8 tiles ``[N, 3, S, S]`` to this encoder's floating-point input range.
+
+        Raises:
+            ValueError: the tiles have another size than the encoder takes.
+        """
+        if tiles.shape[1:] != (3, self.tile_size, self.tile_size):
+            raise ValueError(
+                f"the encoder takes tiles of [3, {self.tile_size}, {self.tile_size}], "
+                f"got {list(tiles.shape[1:])}: cut images with its tile_size"
+            )
+        parameter = next(self.parameters(), None)
+        dtype = parameter.dtype if parameter is not None else torch.float32
+        mean = torch.tensor(self.mean, device=tiles.device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=tiles.device).view(3, 1, 1)
+        return ((tiles.float() / 255 - mean) / std).to(dtype)

@@ -1,0 +1,1 @@
+"""Patch features and text embeddings to what the backbone reads."""

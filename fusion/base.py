@@ -1,0 +1,64 @@
+"""The contract of a fusion: text embeddings and patch features become what the backbone reads."""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+class ImageLayout(Protocol):
+    """What a fusion reads of a batch; the sandbox's ``Batch`` satisfies it."""
+
+    @property
+    def patches(self) -> Tensor:
+        """Bool ``[B, T]``: True where a token is the placeholder of an image feature."""
+
+    @property
+    def tile_rows(self) -> Tensor:
+        """Int ``[N]``: the batch row that each tile belongs to."""
+
+
+@dataclass
+class Fused:
+    """What the backbone reads: embeddings ``[B, T, D]``, and modules to call before chosen layers.
+
+    ``adapters`` maps a layer index to a module called as ``module(hidden, context)`` right before
+    that layer; ``context`` is whatever the adapters need (vision states, masks). Early fusion
+    leaves both empty.
+    """
+
+    embeds: Tensor
+    adapters: Mapping[int, nn.Module] = field(default_factory=dict)
+    context: Any = None
+
+
+class Fusion(nn.Module, ABC):
+    """Joins both modalities.
+
+    The first three constructor arguments are supplied by the model: ``encoder_width`` (V),
+    ``encoder_grid`` (patches a side) and ``width`` (D). All arguments, defaults included, are
+    recorded in ``init_args`` and must be plain values, so that a checkpoint can rebuild the fusion.
+    """
+
+    tokens_per_tile: int  # placeholder tokens a tile takes in the prompt; 0 for cross-attention
+    init_args: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Fusion":
+        """Record the arguments before ``__init__`` of the subclass sees them."""
+        self = super().__new__(cls)
+        bound = inspect.signature(cls).bind_partial(*args, **kwargs)
+        bound.apply_defaults()
+        object.__setattr__(self, "init_args", dict(bound.arguments))
+        return self
+
+    @abstractmethod
+    def forward(self, embeds: Tensor, features: Tensor, layout: ImageLayout) -> Fused:
+        """Fuse text embeddings ``[B, T, D]`` with patch features ``[N, P, V]``.
+
+        Raises:
+            ValueError: the placeholders in the prompt and the features differ in number; the
+                message names both counts.
+        """

@@ -1,0 +1,98 @@
+"""Early fusion: projected patch features replace the placeholder tokens, and nothing else changes.
+
+The backbone then reads one sequence and never learns that some of its tokens were pixels, as in
+Llama 4 (transformers ``Llama4ForConditionalGeneration``).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fusion.base import Fused, Fusion, ImageLayout
+from fusion.projectors import LinearProjector, PixelShuffleMLP
+
+
+class EarlyFusion(Fusion):
+    """Puts the tokens of each tile where the prompt holds its placeholders.
+
+    With two tokens a tile, for rows of one image, of text alone, and of two images (``P`` is a
+    placeholder, ``b1`` the first token of tile b)::
+
+        [ what is    P  P  ?    ]      [ what is    a1 a2 ?    ]
+        [ no   image is in here ]  ->  [ no   image is in here ]
+        [ P    P     P  P  same ]      [ b1   b2    c1 c2 same ]
+
+    Args:
+        encoder_width: V, features per patch; supplied by the model.
+        encoder_grid: patches a side of a tile; supplied by the model.
+        width: D, of the backbone; supplied by the model.
+        projector: ``mlp`` for Llama 4's adapter, ``linear`` for a single linear layer.
+        shuffle: patches a side of the square that becomes one token; 1 keeps every patch.
+        hidden: width of the ``mlp`` projector; None takes D.
+        scale: root mean square of the image tokens at the start. The default is that of the
+            backbone's text embeddings; where its ``init_std`` is set, give the same number here.
+
+    Raises:
+        ValueError: the grid does not divide into squares of ``shuffle``, or ``hidden`` is given
+            to the linear projector.
+    """
+
+    def __init__(
+        self,
+        encoder_width: int,
+        encoder_grid: int,
+        width: int,
+        projector: Literal["mlp", "linear"] = "mlp",
+        shuffle: int = 2,
+        hidden: int | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        sizes = (encoder_width, encoder_grid, width)
+        self.projector: PixelShuffleMLP | LinearProjector
+        if projector == "mlp":
+            self.projector = PixelShuffleMLP(*sizes, hidden=hidden, shuffle=shuffle, scale=scale)
+        elif projector == "linear" and hidden is None:
+            self.projector = LinearProjector(*sizes, shuffle=shuffle, scale=scale)
+        else:
+            raise ValueError(
+                f"projector={projector!r} with hidden={hidden}: choose mlp, or linear and no hidden"
+            )
+        self.tokens_per_tile = self.projector.tokens_per_tile
+
+    def forward(self, embeds: Tensor, features: Tensor, layout: ImageLayout) -> Fused:
+        """Fuse text embeddings ``[B, T, D]`` with patch features ``[N, P, V]``.
+
+        Tiles are taken in order, each row's placeholders from left to right. A batch without
+        tiles gives its embeddings back, bit for bit. On a GPU this is where the host waits for
+        the device, since the placeholders have to be counted.
+
+        Raises:
+            ValueError: a row holds more or fewer placeholders than its tiles have tokens; silence
+                would put every later image onto the wrong tokens.
+        """
+        T = embeds.shape[1]
+        tokens = self.projector(features).flatten(0, 1)
+        places = layout.patches.flatten().nonzero().squeeze(1)
+        rows = layout.tile_rows.repeat_interleave(self.tokens_per_tile)
+        if len(tokens) != len(rows) or not torch.equal(places // T, rows):
+            raise ValueError(self._mismatch(len(features), layout))
+        # Out of place: the embeddings may be a leaf, and their own gradient must stay whole.
+        fused = embeds.flatten(0, 1).index_copy(0, places, tokens.to(embeds.dtype))
+        return Fused(fused.view_as(embeds))
+
+    def _mismatch(self, tiles: int, layout: ImageLayout) -> str:
+        """Say which rows of the batch hold the wrong number of placeholders."""
+        found = layout.patches.sum(1)
+        needed = torch.bincount(layout.tile_rows, minlength=len(found)) * self.tokens_per_tile
+        rows = [
+            f"row {row} holds {int(found[row])} placeholders for {int(needed[row])} image tokens"
+            for row in (found != needed).nonzero().flatten().tolist()[:3]
+        ]
+        return (
+            f"the batch holds {int(found.sum())} image placeholders, but {tiles} tiles make "
+            f"{tiles * self.tokens_per_tile} image tokens ({self.tokens_per_tile} a tile): "
+            f"{'; '.join(rows) or 'tile_rows is not in the order of the rows'}. Encode prompts "
+            f"with this fusion's tokens_per_tile, and keep the tiles of a row together."
+        )
