@@ -1,0 +1,1 @@
+"""Prompts, generated tasks and benchmarks, and their way into batches. Imports no model code."""

@@ -1,0 +1,146 @@
+"""Examples (one row) and batches (rows stacked), and the way from one to the other."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = -100  # a label that carries no loss
+PADDING = -1  # the document id of padding
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a batch as int64 arrays of length T, before padding.
+
+    Attributes:
+        tokens: token ids.
+        labels: the token that each place must predict (already shifted), or ``IGNORE``.
+        positions: distance from the start of the row's document; branches restart at the trunk's
+            end, so every question sees itself right behind the image.
+        branches: 0 for the trunk that all of the row may look back on, k > 0 for the k-th branch,
+            visible to itself alone (several questions share one image prefix).
+        answers: for labelled places, which answer of the row (0-based) they spell; else -1.
+        patches: True where the token is the placeholder of an image feature.
+        kinds: the question type of each answer.
+        tiles: uint8 ``[n, 3, S, S]``, in the order of their placeholders.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray
+    branches: np.ndarray
+    answers: np.ndarray
+    patches: np.ndarray
+    kinds: tuple[str, ...]
+    tiles: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass  # not frozen: Lightning converts precision field by field
+class Batch:
+    """Rows stacked for the model. ``documents`` and ``branches`` are None where they say nothing.
+
+    Attributes:
+        tokens, labels, positions, answers: int64 ``[B, T]``, as in ``Example``; ``answers`` are
+            numbered through the whole batch.
+        patches: bool ``[B, T]``.
+        documents: int64 ``[B, T]``, tokens see only their own document, padding is ``PADDING``;
+            None when each row is one document without padding.
+        branches: int64 ``[B, T]``, see ``Example``; None when every row is a plain sequence.
+        tiles: uint8 ``[N, 3, S, S]``, of all rows, in the order of their placeholders.
+        tile_rows: int64 ``[N]``, the row that each tile belongs to.
+        kinds: the question type of each answer of the batch.
+        name: where the batch comes from (split and sample numbers), for error messages.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    answers: Tensor
+    patches: Tensor
+    tiles: Tensor
+    tile_rows: Tensor
+    documents: Tensor | None = None
+    branches: Tensor | None = None
+    kinds: tuple[str, ...] = ()
+    name: str = ""
+
+    @property
+    def real_tokens(self) -> Tensor | None:
+        """Bool ``[B * T]``, False on padding; None when there is none."""
+        return None if self.documents is None else (self.documents >= 0).flatten()
+
+    def answered(self, correct: Tensor) -> Tensor:
+        """Whether each answer is right in every token: bool ``[len(kinds)]``.
+
+        ``correct`` is bool ``[B, T]``, True where the label was the likeliest token. All tokens
+        being likeliest given the true ones before them is the same as greedy decoding spelling
+        out just this answer.
+        """
+        spelled = self.answers >= 0
+        missed = torch.zeros(len(self.kinds), device=correct.device)
+        missed.index_add_(0, self.answers[spelled], (~correct[spelled]).float())
+        return missed == 0
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The same batch with every tensor on ``device``."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, so that copies to a GPU can overlap."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        old = {f.name: getattr(self, f.name) for f in fields(self)}
+        new: dict[str, Any] = {k: change(v) if isinstance(v, Tensor) else v for k, v in old.items()}
+        return Batch(**new)
+
+
+def collate(examples: Sequence[Example], *, name: str = "") -> Batch:
+    """Stack examples into rows padded on the right, one document a row."""
+    return pack([[example] for example in examples], name=name)
+
+
+def pack(rows: Sequence[Sequence[Example]], *, name: str = "") -> Batch:
+    """Stack rows of one or more examples each; an example's tokens never see another's.
+
+    Returns:
+        A batch of ``len(rows)`` rows, as long as the longest of them.
+    """
+    B, T = len(rows), max(sum(len(e) for e in row) for row in rows)
+    empty = {"tokens": 0, "labels": IGNORE, "positions": 0, "branches": 0, "answers": -1}
+    columns = {key: np.full((B, T), fill, dtype=np.int64) for key, fill in empty.items()}
+    patches = np.zeros((B, T), dtype=bool)
+    documents = np.full((B, T), PADDING, dtype=np.int64)
+    tiles, tile_rows, kinds = [], [], list[str]()
+    for b, row in enumerate(rows):
+        start = 0
+        for d, example in enumerate(row):
+            span = slice(start, start + len(example))
+            for key in empty:
+                columns[key][b, span] = getattr(example, key)
+            columns["answers"][b, span] += np.where(example.answers >= 0, len(kinds), 0)
+            patches[b, span] = example.patches
+            documents[b, span] = d
+            tiles.append(example.tiles)
+            tile_rows += [b] * len(example.tiles)
+            kinds += example.kinds
+            start += len(example)
+    as_tensor = torch.from_numpy
+    branches = columns.pop("branches")
+    return Batch(
+        **{key: as_tensor(column) for key, column in columns.items()},
+        patches=as_tensor(patches),
+        tiles=as_tensor(np.concatenate(tiles)),
+        tile_rows=torch.tensor(tile_rows, dtype=torch.int64),
+        documents=as_tensor(documents) if documents.any() else None,
+        branches=as_tensor(branches) if branches.any() else None,
+        kinds=tuple(kinds),
+        name=name,
+    )

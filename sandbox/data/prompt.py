@@ -1,0 +1,226 @@
+"""Prompts of text, images and video frames, and their encoding to tokens, labels and tiles.
+
+One prompt object serves every fusion: a fusion only says how many placeholders a tile takes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from PIL import Image as PILImage
+
+from fusion.layout import PATCH, frame_mark, image_span
+from sandbox.data.batch import IGNORE, Example
+from sandbox.data.media import to_tile
+from sandbox.data.task import Question, Sample
+from sandbox.tokenizer import Tokenizer
+
+Loss = Literal["answer", "text"]
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image of a prompt."""
+
+    pixels: PILImage.Image
+
+
+@dataclass(frozen=True)
+class Video:
+    """Frames of one video and their times in seconds; each frame becomes an image."""
+
+    frames: Sequence[PILImage.Image]
+    times: Sequence[float]
+
+    def __post_init__(self) -> None:
+        if len(self.frames) != len(self.times):
+            raise ValueError(
+                f"a video needs one time for every frame, got {len(self.frames)} frames "
+                f"and {len(self.times)} times"
+            )
+
+
+Segment = str | Image | Video
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one role says: text, images and videos in order."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Sequence[Segment]
+
+    def __post_init__(self) -> None:
+        # A string is a sequence of strings too: every character would become a segment.
+        if isinstance(self.content, str):
+            raise ValueError(f"a turn holds a list of segments: write [{self.content!r:.40}]")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Turns in order. A prompt to be answered ends with a turn of the user."""
+
+    turns: Sequence[Turn]
+
+    @classmethod
+    def ask(cls, question: str, images: Sequence[PILImage.Image] = ()) -> "Prompt":
+        """A single user turn: the images, then the question."""
+        return cls([Turn("user", [*map(Image, images), question])])
+
+
+@dataclass
+class _Stream:
+    """Tokens as they are written, each with what an ``Example`` stores beside it."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    branches: list[int] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)  # the answer this token spells, or -1
+    learn: list[bool] = field(default_factory=list)  # is this token a target?
+    tiles: list[np.ndarray] = field(default_factory=list)
+    position: int = 0
+    branch: int = 0
+
+    def write(self, ids: Sequence[int], *, learn: bool = False, answer: int = -1) -> None:
+        n = len(ids)
+        self.tokens += ids
+        self.positions += range(self.position, self.position + n)
+        self.branches += [self.branch] * n
+        self.answers += [answer] * n
+        self.learn += [learn] * n
+        self.position += n
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Turns prompts and samples into examples for one model.
+
+    Attributes:
+        tokenizer: text to ids.
+        tile_size: S, pixels a side of the encoder's tiles.
+        tokens_per_tile: placeholders that a tile takes in the prompt, as the fusion declares.
+    """
+
+    tokenizer: Tokenizer
+    tile_size: int
+    tokens_per_tile: int
+
+    def encode(self, prompt: Prompt, *, loss: Loss = "answer", reply: bool = False) -> Example:
+        """Encode a conversation in Llama 4's chat format.
+
+        Args:
+            prompt: the turns.
+            loss: which tokens are targets: those of assistant turns (``answer``) or all text.
+            reply: end with an open assistant header, so that the model may answer.
+
+        Raises:
+            ValueError: the prompt has no turn, or an assistant turn is empty or not just text.
+        """
+        if not prompt.turns:
+            raise ValueError("a prompt needs at least one turn")
+        stream, kinds = self._start(), list[str]()
+        for turn in prompt.turns:
+            if turn.role != "assistant":
+                self._say(stream, turn.role, turn.content, learn=loss == "text")
+                continue
+            said = [segment for segment in turn.content if isinstance(segment, str)]
+            if len(said) < len(turn.content):
+                raise ValueError("an assistant turn holds an image or a video, not just text")
+            self._answer(stream, "".join(said), answer=len(kinds), learn_header=loss == "text")
+            kinds.append("answer")
+        if reply:
+            self._header(stream, "assistant")
+        return self._finish(stream, kinds)
+
+    def encode_sample(self, sample: Sample, *, loss: Loss = "answer") -> Example:
+        """Encode a sample: its images once, then every question as a branch of its own.
+
+        Each question sees the images and itself only, and its positions start right behind the
+        images::
+
+            token     <bos> <header> image image | question 1 answer 1 | question 2 answer 2
+            branch      0      0       0     0   |     1         1     |     2         2
+            position    0      1       2     3   |     4         5     |     4         5
+
+        Raises:
+            ValueError: the sample has no question, or an answer is empty.
+        """
+        if not sample.questions:
+            raise ValueError(f"sample {sample.content} has no question")
+        stream = self._start()
+        self._header(stream, "user")
+        if sample.times is None:
+            context: list[Segment] = [Image(image) for image in sample.images]
+        else:
+            context = [Video(sample.images, sample.times)]
+        self._content(stream, context, learn=False)
+        trunk = stream.position
+        for number, question in enumerate(sample.questions):
+            stream.branch, stream.position = number + 1, trunk
+            self._question(stream, question, number, learn=loss == "text")
+        return self._finish(stream, [q.kind for q in sample.questions])
+
+    def _start(self) -> _Stream:
+        stream = _Stream()
+        stream.write([self.tokenizer.bos])
+        return stream
+
+    def _header(self, stream: _Stream, role: str, *, learn: bool = False) -> None:
+        stream.write(self.tokenizer.header(role), learn=learn)
+
+    def _say(self, stream: _Stream, role: str, content: Sequence[Segment], *, learn: bool) -> None:
+        self._header(stream, role)
+        self._content(stream, content, learn=learn)
+        stream.write([self.tokenizer.eot], learn=learn)
+
+    def _question(self, stream: _Stream, question: Question, number: int, *, learn: bool) -> None:
+        self._content(stream, [question.text], learn=learn)
+        stream.write([self.tokenizer.eot], learn=learn)
+        self._answer(stream, question.answer, answer=number, learn_header=learn)
+
+    def _answer(self, stream: _Stream, text: str, *, answer: int, learn_header: bool) -> None:
+        if not text.strip():
+            raise ValueError("an answer is empty: every question needs at least one answer token")
+        self._header(stream, "assistant", learn=learn_header)
+        ids = [*self.tokenizer.encode(text), self.tokenizer.eot]
+        stream.write(ids, learn=True, answer=answer)
+
+    def _content(self, stream: _Stream, content: Sequence[Segment], *, learn: bool) -> None:
+        for segment in content:
+            match segment:
+                case str():
+                    stream.write(self.tokenizer.encode(segment), learn=learn)
+                case Image():
+                    self._image(stream, segment.pixels)
+                case Video():
+                    for frame, seconds in zip(segment.frames, segment.times, strict=True):
+                        stream.write(self.tokenizer.encode(frame_mark(seconds)), learn=learn)
+                        self._image(stream, frame)
+
+    def _image(self, stream: _Stream, image: PILImage.Image) -> None:
+        stream.tiles.append(to_tile(image, self.tile_size))
+        stream.write([self.tokenizer.special(name) for name in image_span(self.tokens_per_tile)])
+
+    def _finish(self, stream: _Stream, kinds: Sequence[str]) -> Example:
+        tokens = np.array(stream.tokens, dtype=np.int64)
+        branches = np.array(stream.branches, dtype=np.int64)
+        targets = np.where(stream.learn, tokens, IGNORE)
+        labels = np.full_like(tokens, IGNORE)
+        answers = np.full_like(tokens, -1)
+        # Place t predicts the token after it, but never across the edge of a branch: what follows
+        # the trunk is ambiguous, and what follows a branch belongs to another question.
+        same = branches[1:] == branches[:-1]
+        labels[:-1] = np.where(same, targets[1:], IGNORE)
+        answers[:-1] = np.where(same, np.array(stream.answers)[1:], -1)
+        no_tiles = np.zeros((0, 3, self.tile_size, self.tile_size), dtype=np.uint8)
+        return Example(
+            tokens=tokens,
+            labels=labels,
+            positions=np.array(stream.positions, dtype=np.int64),
+            branches=branches,
+            answers=answers,
+            patches=tokens == self.tokenizer.special(PATCH),
+            kinds=tuple(kinds),
+            tiles=np.stack(stream.tiles) if stream.tiles else no_tiles,
+        )

@@ -1,0 +1,64 @@
+"""The contract of a task: a pure function from (split, index) to images with questions."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+from PIL import Image as PILImage
+
+Split = Literal["train", "val", "test", "heldout"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a sample, its answer, and the question type it is scored under."""
+
+    text: str
+    answer: str
+    kind: str
+    # The answers a reader could still give who knows what is *present* in the picture but not
+    # what the question binds together; the guess-among-present baseline draws from these.
+    present: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Images (or frames) that share one prompt prefix, and the questions asked about them.
+
+    ``content`` is a hash of what is drawn or stored, not of how it was sampled: two samples with
+    the same content show the same thing. Splits are disjoint in it.
+    """
+
+    images: tuple[PILImage.Image, ...]
+    questions: tuple[Question, ...]
+    content: str
+    times: tuple[float, ...] | None = None  # seconds, when the images are frames of a video
+
+
+class Task(ABC):
+    """A source of samples. Every constructor argument is a plain value, so YAML can name it.
+
+    ``sample`` must be a pure function of the constructor arguments, split and index: any worker,
+    any rank and any resumed run sees the same example. Splits: ``train``, ``val`` and ``test`` are
+    drawn alike but disjoint by content; ``heldout`` holds combinations that never occur in the
+    other three (out-of-distribution).
+    """
+
+    @abstractmethod
+    def size(self, split: Split) -> int | None:
+        """How many samples the split holds; None when it is generated without end.
+
+        A split that the task does not offer has size 0.
+        """
+
+    @abstractmethod
+    def sample(self, split: Split, index: int) -> Sample:
+        """The sample at ``index`` (0-based) of ``split``.
+
+        Raises:
+            IndexError: index is not below a finite size.
+        """
+
+    @abstractmethod
+    def identity(self) -> str:
+        """A short hash that changes when the data does; stored with every run."""

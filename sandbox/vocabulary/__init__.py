@@ -1,0 +1,1 @@
+"""The shipped vocabulary, ``small.json``, and the text it is trained on."""
