@@ -1,0 +1,154 @@
+"""The vision-language model: encoder, fusion and backbone composed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from encoders.base import VisionEncoder
+from fusion.base import Fused, Fusion
+from sandbox.backbone.config import BackboneConfig
+from sandbox.backbone.loss import chunked_cross_entropy
+from sandbox.backbone.moe import Routing, balance_loss, router_z_loss
+from sandbox.backbone.transformer import Backbone
+from sandbox.data.batch import IGNORE, Batch
+from sandbox.data.prompt import Prompt, PromptEncoder
+from sandbox.errors import UserError
+from sandbox.generate import Sampling, generate
+from sandbox.tokenizer import Tokenizer
+
+FusionBuilder = Callable[[int, int, int], Fusion]
+"""Builds a fusion from (encoder width V, encoder grid, backbone width D)."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a forward pass over a batch gives.
+
+    Attributes:
+        loss: what training minimises: the parts, weighted and summed.
+        parts: ``text`` (mean cross-entropy of labelled tokens) and, where they are on, ``balance``
+            and ``router_z`` (means over mixture layers, unweighted).
+        correct: bool ``[B, T]``, True where a label was the likeliest token.
+        hidden: ``[B, T, D]``, after the last norm.
+        routing: what each mixture layer's router did.
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    correct: Tensor
+    hidden: Tensor
+    routing: tuple[Routing, ...]
+    _head: nn.Linear = field(repr=False)
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits ``[B, T, V]``, made when asked for: training never holds them all."""
+        return self._head(self.hidden)
+
+
+class VisionLanguageModel(nn.Module):
+    """Reads prompts of text and images, and predicts what follows.
+
+    Args:
+        encoder: pixels to patch features.
+        fusion: builds the fusion, given the widths it joins.
+        backbone: configuration of the decoder.
+        tokenizer: its vocabulary must be the backbone's.
+
+    Raises:
+        UserError: tokenizer and backbone differ in vocabulary size.
+    """
+
+    def __init__(
+        self,
+        encoder: VisionEncoder,
+        fusion: FusionBuilder,
+        backbone: BackboneConfig,
+        tokenizer: Tokenizer,
+    ) -> None:
+        super().__init__()
+        if tokenizer.vocab_size != backbone.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens but backbone.vocab_size is "
+                f"{backbone.vocab_size}: set it to {tokenizer.vocab_size}"
+            )
+        self.encoder = encoder
+        self.fusion = fusion(encoder.width, encoder.grid, backbone.width)
+        self.backbone = Backbone(backbone)
+        self.tokenizer = tokenizer
+        self.prompts = PromptEncoder(tokenizer, encoder.tile_size, self.fusion.tokens_per_tile)
+
+    def fuse(self, batch: Batch) -> Fused:
+        """Embeddings of a batch with its images in place; text alone never meets the encoder."""
+        embeds = self.backbone.embed(batch.tokens)
+        if not len(batch.tiles):
+            if bool(batch.patches.any()):
+                raise UserError(
+                    f"{batch.name or 'the batch'}: {int(batch.patches.sum())} image placeholders "
+                    "but no image"
+                )
+            return Fused(embeds)
+        features = self.encoder(self.encoder.normalize(batch.tiles))
+        return self.fusion(embeds, features, batch)
+
+    def forward(self, batch: Batch) -> Output:
+        """Loss and bookkeeping of a batch, see ``Output``."""
+        fused = self.fuse(batch)
+        plain = batch.documents is None and batch.branches is None
+        decoded = self.backbone(
+            embeds=fused.embeds,
+            positions=None if plain else batch.positions,
+            documents=batch.documents,
+            branches=batch.branches,
+            adapters=fused.adapters,
+            context=fused.context,
+        )
+        labelled = batch.labels != IGNORE
+        text, hits = chunked_cross_entropy(
+            decoded.hidden[labelled], self.backbone.head.weight, batch.labels[labelled]
+        )
+        correct = torch.zeros_like(labelled)
+        correct[labelled] = hits
+        parts = {"text": text} | self._router_losses(decoded.routing, batch)
+        weights = {
+            "text": 1.0,
+            "balance": self.backbone.config.balance_rate,
+            "router_z": self.backbone.config.router_z_loss,
+        }
+        loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+        return Output(loss, parts, correct, decoded.hidden, decoded.routing, self.backbone.head)
+
+    def _router_losses(self, routing: Sequence[Routing], batch: Batch) -> dict[str, Tensor]:
+        config = self.backbone.config
+        wanted = {
+            "balance": (balance_loss, config.balance == "loss"),
+            "router_z": (router_z_loss, config.router_z_loss > 0),
+        }
+        counted = batch.real_tokens
+        return {
+            name: torch.stack([loss(layer, counted) for layer in routing]).mean()
+            for name, (loss, on) in wanted.items()
+            if on and routing
+        }
+
+    def generate(self, prompts: Sequence[Prompt], **sampling: Any) -> list[str]:
+        """Answers to the prompts, one each; greedy unless told otherwise (see ``Sampling``).
+
+        >>> model.generate([Prompt.ask("How many bars?", [image])], max_tokens=8)  # doctest: +SKIP
+        ['4']
+        """
+        return generate(self, prompts, Sampling(**sampling))
+
+    def describe(self) -> dict[str, object]:
+        """Plain values from which ``checkpoint.build_model`` makes the same architecture."""
+        parts = {"encoder": self.encoder, "fusion": self.fusion}
+        return {
+            name: {
+                "class_path": f"{type(part).__module__}.{type(part).__qualname__}",
+                "init_args": part.init_args,
+            }
+            for name, part in parts.items()
+        } | {"backbone": asdict(self.backbone.config), "tokenizer": self.tokenizer.to_json()}

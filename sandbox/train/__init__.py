@@ -1,0 +1,1 @@
+"""One objective, one LightningModule, one file."""

@@ -1,0 +1,164 @@
+"""AdamW, and Muon for matrices, in one optimizer with one schedule."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from sandbox.backbone.moe import Experts
+
+# Keller Jordan's quintic Newton-Schulz coefficients, which torch.optim.Muon uses too.
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How parameters move.
+
+    Attributes:
+        name: ``muon`` (matrices by Muon, the rest by AdamW) or ``adamw`` (everything).
+        lr: AdamW's learning rate.
+        muon_lr: Muon's learning rate.
+        betas, weight_decay: AdamW's; decay is decoupled and spares vectors.
+        momentum: Muon's Nesterov momentum.
+        newton_schulz_steps: iterations that orthogonalise a Muon update.
+        warmup: steps of linear warm-up.
+        schedule: what follows: ``cosine``, or ``linear`` after a constant stretch.
+        hold: share of the steps before the linear decay starts (``linear`` alone).
+        final: the last learning rate as a share of the peak.
+    """
+
+    name: Literal["muon", "adamw"] = "muon"
+    lr: float = 2e-3
+    muon_lr: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.0
+    momentum: float = 0.95
+    newton_schulz_steps: int = 5
+    warmup: int = 50
+    schedule: Literal["cosine", "linear"] = "cosine"
+    hold: float = 0.6
+    final: float = 0.03
+
+
+class MuonAdamW(AdamW):
+    """AdamW whose groups marked ``muon`` are updated by Muon instead.
+
+    Unlike ``torch.optim.Muon`` it takes stacked matrices ``[E, D, F]`` (each expert is
+    orthogonalised by itself), iterates in fp32 on CPUs, where bf16 is several times slower, and
+    treats all matrices of one shape at once. On plain matrices the update is the same.
+
+    Source: Muon, https://kellerjordan.github.io/posts/muon; the learning rate is scaled by
+    ``sqrt(max(1, outputs / inputs))``.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of all groups."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        try:
+            self.param_groups = [group for group in groups if not group["muon"]]
+            super().step()
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["muon"]:
+                self._muon(group)
+        return loss
+
+    def _muon(self, group: dict[str, Any]) -> None:
+        by_shape: defaultdict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+                state["step"] = torch.zeros(())  # AdamW looks for one in every state it loads
+            momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+            update = parameter.grad.lerp(momentum, group["momentum"])
+            by_shape[parameter.shape[-2:]].append((parameter, update))
+        for shape, pairs in by_shape.items():
+            stacked = torch.cat([update.reshape(-1, *shape) for _, update in pairs])
+            orthogonal = orthogonalize(stacked, group["newton_schulz_steps"])
+            counts = [update.numel() // math.prod(shape) for _, update in pairs]
+            for (parameter, _), update in zip(pairs, orthogonal.split(counts), strict=True):
+                # nn.Linear stores [outputs, inputs], stacked experts [E, inputs, outputs].
+                outputs, inputs = shape if parameter.ndim == 2 else shape[::-1]
+                scale = max(1.0, outputs / inputs) ** 0.5
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
+
+
+def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
+    """Nearest semi-orthogonal matrices ``[n, rows, columns]``, roughly, by Newton-Schulz."""
+    x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
+    return (x.mT if tall else x).type_as(matrices)
+
+
+def matrices(model: nn.Module) -> set[Tensor]:
+    """What Muon updates: weights of linear layers and experts, but for head and routers."""
+    found: set[Tensor] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            found.update(module.parameters())
+        elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            found.add(module.in_proj_weight)
+            found.add(module.out_proj.weight)
+        elif isinstance(module, nn.Linear) and not name.endswith(("head", "router")):
+            found.add(module.weight)
+    return found
+
+
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, steps: int
+) -> tuple[MuonAdamW, LambdaLR]:
+    """Optimizer and schedule over ``steps`` updates of the parameters that require gradients."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    by_muon = matrices(model) if config.name == "muon" else set()
+    adamw = {"lr": config.lr, "muon": False}
+    groups = [
+        {"params": [p for p in trained if p in by_muon], "muon": True, "lr": config.muon_lr},
+        {"params": [p for p in trained if p not in by_muon and p.ndim >= 2], **adamw},
+        {"params": [p for p in trained if p.ndim < 2], **adamw, "weight_decay": 0.0},
+    ]
+    optimizer = MuonAdamW(
+        [
+            group | {"momentum": config.momentum, "newton_schulz_steps": config.newton_schulz_steps}
+            for group in groups
+            if group["params"]
+        ],
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    return optimizer, LambdaLR(optimizer, lambda step: learning_rate(config, step, steps))
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The learning rate at ``step`` (0-based) of ``steps``, as a share of the peak."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    if config.schedule == "cosine":
+        done = (step - config.warmup) / max(steps - config.warmup, 1)
+        shape = (1 + math.cos(math.pi * min(done, 1.0))) / 2
+    else:
+        start = max(config.hold * steps, config.warmup)
+        shape = min(1.0, max(0.0, (steps - step) / max(steps - start, 1)))
+    return config.final + (1 - config.final) * shape

@@ -1,0 +1,319 @@
+"""The callbacks: what they write, what they log, and when they stop a run."""
+
+import json
+import random
+import re
+import resource
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from encoders.patches import Patches
+from fusion.early import EarlyFusion
+from sandbox.backbone.config import BackboneConfig
+from sandbox.backbone.moe import Experts
+from sandbox.checkpoint import KEY, load_model
+from sandbox.data.charts import Charts
+from sandbox.data.module import VQAData
+from sandbox.errors import UserError
+from sandbox.train.callbacks import (
+    AtomicCheckpointIO,
+    Checkpoints,
+    NonFiniteGuard,
+    RunRecord,
+    restore_rng,
+    rng_state,
+)
+from sandbox.train.monitors import (
+    Progress,
+    RoutingMonitor,
+    SampleImages,
+    Throughput,
+    grouped_mm_flops,
+    matmul_peak,
+    routing_sums,
+)
+from sandbox.train.optim import OptimizerConfig
+from sandbox.train.pretrain import Pretrain
+
+CONFIG = BackboneConfig(
+    width=32, layers=2, heads=2, head_dim=16, expert_hidden=32, nope_every=2, experts=4
+)
+
+
+def module() -> Pretrain:
+    lightning.seed_everything(0, verbose=False)
+    return Pretrain(
+        Patches(32, 16, 16),
+        lambda *widths: EarlyFusion(*widths, shuffle=1),
+        CONFIG,
+        optimizer=OptimizerConfig(warmup=2),
+    )
+
+
+def fit(
+    folder: Path, *callbacks: Callback, model: Pretrain | None = None, **options: Any
+) -> Trainer:
+    """Train for a few steps of two samples."""
+    data = VQAData(Charts(size=32, questions_per_image=2), batch_size=2, val_samples=2)
+    defaults: dict[str, Any] = {"max_steps": 4, "limit_val_batches": 0, "logger": False}
+    trainer = Trainer(
+        accelerator="cpu",
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        enable_model_summary=False,
+        enable_progress_bar=any(isinstance(c, Progress) for c in callbacks),
+        enable_checkpointing=any(isinstance(c, Checkpoints) for c in callbacks),
+        num_sanity_val_steps=0,
+        log_every_n_steps=2,
+        **defaults | options,
+    )
+    trainer.fit(model or module(), data)
+    return trainer
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+
+def test_checkpoint_describes_itself_without_pickled_classes(tmp_path):
+    """Guards against a checkpoint that only the code and configuration of its day can load."""
+    model = module()
+    fit(tmp_path, Checkpoints(every=3), model=model)
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    assert content["global_step"] == 4  # the end of training is saved, whatever `every`
+    assert content[KEY]["seed"] == 0
+    assert content[KEY]["data"]["task"] == "sandbox.data.charts.Charts"
+    loaded = weights(load_model(path))
+    assert all(torch.equal(loaded[name], t) for name, t in model.model.state_dict().items())
+
+
+def test_failed_write_keeps_the_checkpoint_before(tmp_path):
+    """Guards against a full disk that destroys the only checkpoint of a run."""
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"weight": torch.zeros(3)}, path)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"last\.ckpt could not be written .* is intact"):
+            AtomicCheckpointIO().save_checkpoint({"weight": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_all_checkpoints_of_a_run_are_atomic(tmp_path):
+    """Guards against a `best` checkpoint written in Lightning's way beside ours."""
+    trainer = fit(tmp_path, Checkpoints(every=3))
+    assert isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
+
+
+def test_random_states_come_back():
+    """Guards against a resumed run that draws other random numbers, of any of the generators."""
+
+    def draw() -> tuple[float, ...]:
+        return random.random(), random.gauss(), np.random.normal(), float(torch.rand(()))
+
+    draw()
+    saved = rng_state()
+    expected = draw()
+    trainer = SimpleNamespace(global_rank=0)
+    restore_rng(trainer, [saved])
+    assert draw() == expected
+    restore_rng(trainer, [])  # a checkpoint of someone else's
+    restore_rng(SimpleNamespace(global_rank=1), [saved])
+    assert draw() != expected
+
+
+# --- Guard ----------------------------------------------------------------------------------------
+
+
+class Poison(Callback):
+    """Spoils weights, or gradients after the backward pass, at the third step."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.good: dict[str, torch.Tensor] = {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            self.good = weights(pl_module.model)
+            if self.what == "weight":
+                with torch.no_grad():
+                    pl_module.model.backbone.norm.weight[0] = torch.nan
+
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.global_step == 2 and self.what == "gradient":
+            pl_module.model.backbone.norm.weight.grad[0] = torch.inf
+
+
+class Overflow(Pretrain):
+    """A model whose loss becomes infinite at the third step, its weights being fine."""
+
+    def training_step(self, batch, batch_idx):
+        self.broken = self.trainer.global_step == 2
+        return super().training_step(batch, batch_idx)
+
+    def on_fit_start(self):
+        forward = self.model.forward
+
+        def spoiled(batch):
+            output = forward(batch)
+            if self.broken:
+                output.parts["text"] = output.parts["text"] * torch.inf
+                object.__setattr__(output, "loss", output.loss * torch.inf)
+            return output
+
+        self.model.forward = spoiled
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_guard_stops_before_the_bad_update(tmp_path, what):
+    """Guards against a run that trains on as NaN, and a message that does not say where it began.
+
+    The checkpoint resumes at the bad batch, so that the failure can be looked at again.
+    """
+    poison = Poison(what)
+    model = module()
+    if what == "loss":
+        model.__class__ = Overflow
+    messages = {
+        "loss": r"step 2: the loss of train samples 4\.\.5 is inf \('text' is inf\)",
+        "gradient": r"step 2: the gradient of model\.backbone\.norm\.weight is not finite after "
+        r"train samples 4\.\.5",
+    }
+    with pytest.raises(UserError, match=messages[what]):
+        fit(tmp_path, NonFiniteGuard(), poison, model=model)
+    path = tmp_path / "checkpoints" / "nonfinite-step-2.ckpt"
+    saved = load_model(path).state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in poison.good.items())
+    assert torch.load(path, weights_only=True)["VQAData"]["batches"] == 2
+
+
+def test_guard_does_not_save_spoiled_weights(tmp_path):
+    """Guards against a checkpoint called good whose weights are not."""
+    with pytest.raises(UserError, match=r"backbone\.norm\.weight not finite before this update"):
+        fit(tmp_path, NonFiniteGuard(), Poison("weight"))
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+# --- Record ---------------------------------------------------------------------------------------
+
+
+def test_run_record_keeps_every_session(tmp_path):
+    """Guards against a resumed run that overwrites the record of the code it began with."""
+    fit(tmp_path, RunRecord())
+    fit(tmp_path, RunRecord())
+    first, second = json.loads((tmp_path / "run.json").read_text())["sessions"]
+    assert first["step"] == second["step"] == 0
+    assert {"commit", "torch"} <= first["provenance"].keys()
+    assert first["data"]["identity"] == second["data"]["identity"]
+    model = module()
+    experts = sum(
+        e.numel() for m in model.modules() if isinstance(m, Experts) for e in m.parameters()
+    )
+    total = sum(p.numel() for p in model.parameters())
+    assert first["parameters"] == {
+        "total": total,
+        "active": total - experts * 3 // 4,
+        "trained": total,
+    }
+
+
+# --- Monitors -------------------------------------------------------------------------------------
+
+
+def test_routing_sums_by_modality():
+    """Guards against padding counted as text, and images mixed up with text."""
+    experts = torch.tensor([[[0], [1], [1], [2], [2]]])
+    modality = torch.tensor([0, 0, 1, 1, 2])  # the last token is padding
+    logits = torch.zeros(1, 5, 3)
+    logits[0, 0] = torch.tensor([100.0, 0.0, 0.0])  # certain: no entropy
+    (sums,) = routing_sums(logits, experts, modality, 2)
+    uniform = torch.tensor(3.0).log()
+    expected = torch.tensor([[1, 1, 0, uniform, 2], [0, 1, 1, 2 * uniform, 2]])
+    torch.testing.assert_close(sums, expected)
+
+
+def test_routing_monitor_logs_shares(tmp_path):
+    """Guards against loads that are logged for one batch only, or do not add up."""
+    fit(tmp_path, RoutingMonitor(), logger=CSVLogger(tmp_path, name="", version=""))
+    header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    logged = [dict(zip(header.split(","), row.split(","), strict=True)) for row in rows]
+    routed = [row for row in logged if row["routing/max_violation/layer0"]]
+    assert [row["step"] for row in routed] == ["1", "3"]
+    for name in ("text", "image"):
+        shares = [float(routed[0][f"routing/load/layer1/{name}/expert{e}"]) for e in range(4)]
+        assert sum(shares) == pytest.approx(1.0)
+        assert 0 < float(routed[0][f"routing/entropy/layer1/{name}"]) <= 1.3863
+
+
+def test_flops_of_grouped_matmul():
+    """Guards against experts that the FLOP counter passes over: 0 instead of 3 matmuls."""
+    experts = Experts(4, 8, 16)
+    for parameter in experts.parameters():
+        nn.init.ones_(parameter)
+    x = torch.randn(10, 8, requires_grad=True)
+    ends = torch.tensor([3, 3, 7, 10], dtype=torch.int32)
+    mapping = {torch.ops.aten._grouped_mm: grouped_mm_flops}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        experts(x, ends).square().sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 10 * (8 * 32 + 16 * 8)
+
+
+def test_throughput_counts_a_real_step(tmp_path):
+    """Guards against a utilization of nothing: uncounted attention, experts or backward pass."""
+    throughput = Throughput()
+    model = module()
+    trainer = fit(tmp_path, throughput, model=model)
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    experts = sum(
+        e.numel() for m in model.modules() if isinstance(m, Experts) for e in m.parameters()
+    )
+    embedding = model.model.backbone.embed.weight.numel()
+    head = model.model.backbone.head.weight.numel()  # sees labelled tokens only
+    every_token = matrices - experts * 3 // 4 - embedding - head
+    assert 0.5 * 6 * every_token < throughput._flops_per_place < 3 * 6 * every_token
+    metrics = trainer.callback_metrics
+    assert metrics["throughput/tokens_per_s"] > metrics["throughput/samples_per_s"] > 0
+    assert 0 < metrics["throughput/utilization"] < 1
+
+
+def test_matmul_peak_leaves_random_numbers_alone():
+    """Guards against a measurement that changes the training it measures."""
+    before = torch.get_rng_state()
+    assert matmul_peak(torch.device("cpu"), torch.float32, seconds=0.01) > 1e8
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_sample_images_reach_tensorboard(tmp_path):
+    """Guards against pictures that are drawn but never shown."""
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    fit(tmp_path, SampleImages(count=2), logger=logger, limit_val_batches=1, val_check_interval=4)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (image,) = events.Images("val/samples")
+    assert (image.width, image.height, image.step) == (2 * 256, 332, 4)
+
+
+def test_progress_without_a_terminal(tmp_path, capsys):
+    """Guards against a log file of thousands of redrawn bars."""
+    fit(tmp_path, Progress(seconds=1000), Throughput())
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step")]
+    assert len(lines) == 1
+    assert re.match(r"step 4/4  loss \d+\.\d+  accuracy 0\.\d+ .* tokens/s .* left", lines[0])
