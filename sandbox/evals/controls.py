@@ -1,0 +1,193 @@
+"""What a score is worth: the same questions with the wrong picture, with none, and out of reach."""
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+from sandbox.data.task import Question, Task
+from sandbox.errors import UserError
+from sandbox.evals.metrics import (
+    guess_among_present,
+    majority_baseline,
+    majority_baseline_by_kind,
+)
+from sandbox.evals.run import (
+    Record,
+    Score,
+    Summary,
+    evaluate,
+    summarize,
+    with_replies,
+    write_json,
+    write_predictions,
+)
+from sandbox.model import VisionLanguageModel
+
+LEARNED = 10_000  # training samples that a majority is taken of, where there is no end of them
+
+
+@dataclass(frozen=True)
+class Blind:
+    """What is right without seeing.
+
+    Attributes:
+        majority, majority_by_kind: the commonest answer of the training questions, by wording.
+        guess_among_present: a guess among what the picture holds; None where no question tells.
+    """
+
+    majority: float
+    majority_by_kind: dict[str, float]
+    guess_among_present: float | None
+
+    @classmethod
+    def of(cls, learned: Iterable[Question], asked: list[Question]) -> "Blind":
+        """The baselines on the questions ``asked``, after training on those ``learned``."""
+        learned = list(learned)
+        return cls(
+            majority_baseline(learned, asked),
+            majority_baseline_by_kind(learned, asked),
+            guess_among_present(asked) if any(question.present for question in asked) else None,
+        )
+
+
+@dataclass(frozen=True)
+class Results:
+    """Every question and its answer: on unseen pictures, on held-out combinations, shuffled."""
+
+    own: list[Record]
+    heldout: list[Record]
+    shuffled: list[Record]
+
+    @classmethod
+    def of(cls, model: VisionLanguageModel, task: Task, samples: int) -> "Results":
+        """Ask about ``samples`` pictures of the test split, their own and each other's.
+
+        Held-out combinations are asked about too, where the task offers them.
+        """
+        offers = task.size("heldout") != 0
+        return cls(
+            own=with_replies(model, task, evaluate(model, task, "test", samples)),
+            heldout=with_replies(model, task, evaluate(model, task, "heldout", samples))
+            if offers
+            else [],
+            shuffled=evaluate(model, task, "test", samples, images="shuffled"),
+        )
+
+    @property
+    def combinations(self) -> list[Record]:
+        """The held-out records that ask what belongs together; a count is the same for any."""
+        return [record for record in self.heldout if record.question.present]
+
+    @property
+    def asked(self) -> list[Question]:
+        """The questions about unseen pictures."""
+        return [record.question for record in self.own]
+
+    @property
+    def summaries(self) -> tuple[Summary, Summary | None, Summary]:
+        """Scores of ``own``, ``heldout`` (overall: ``combinations`` alone) and ``shuffled``."""
+        heldout = None
+        if self.heldout:
+            overall = Score.of([record.correct for record in self.combinations])
+            heldout = replace(summarize(self.heldout), overall=overall)
+        return summarize(self.own), heldout, summarize(self.shuffled)
+
+    @property
+    def records(self) -> list[Record]:
+        """All of them."""
+        return self.own + self.heldout + self.shuffled
+
+
+def scores(results: Results, blind: Blind) -> dict[str, Any]:
+    """Accuracies, their 95% intervals and the controls as plain values, by question type too."""
+    own, heldout, shuffled = results.summaries
+
+    def bounds(score: Score) -> list[float]:
+        return [score.low, score.high]
+
+    intervals = {
+        "accuracy": bounds(own.overall),
+        "shuffled_image_accuracy": bounds(shuffled.overall),
+    }
+    if heldout:
+        intervals["heldout_combination_accuracy"] = bounds(heldout.overall)
+    return {
+        "accuracy": own.overall.accuracy,
+        "heldout_combination_accuracy": heldout and heldout.overall.accuracy,
+        "shuffled_image_accuracy": shuffled.overall.accuracy,
+        "blind_majority_accuracy": blind.majority,
+        "guess_among_present_accuracy": blind.guess_among_present,
+        "macro_accuracy": own.macro,
+        "intervals": intervals,
+        "by_question": {
+            kind: {
+                "accuracy": score.accuracy,
+                "interval": bounds(score),
+                "heldout": heldout.by_kind[kind].accuracy
+                if heldout and kind in heldout.by_kind
+                else None,
+                "shuffled": shuffled.by_kind[kind].accuracy,
+                "majority": blind.majority_by_kind[kind],
+                "n": score.n,
+            }
+            for kind, score in own.by_kind.items()
+        },
+        "questions": own.overall.n,
+    }
+
+
+class Controls(Callback):
+    """After ``sandbox test``: the score beside its controls, printed and stored with the run.
+
+    Writes ``summary.json`` and ``predictions.jsonl`` into the run directory.
+
+    Args:
+        samples: test samples to ask about; None = as many as the data module tests on.
+    """
+
+    def __init__(self, samples: int | None = None) -> None:
+        self.samples = samples
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate on one process; the others wait at the Trainer's next meeting."""
+        if not trainer.is_global_zero:
+            return
+        driven: Any = pl_module
+        data: Any = getattr(trainer, "datamodule", None)
+        if data is None:
+            raise UserError("Controls needs a data module: it asks its task")
+        task: Task = data.task
+        results = Results.of(driven.model, task, self.samples or data.limits["test"])
+        size = task.size("train")
+        learned = range(LEARNED if size is None else size)
+        blind = Blind.of(
+            (q for i in learned for q in task.sample("train", i).questions), results.asked
+        )
+        summary = scores(results, blind)
+        out = Path(trainer.default_root_dir)
+        write_predictions(out / "predictions.jsonl", results.records)
+        write_json(out / "summary.json", summary)
+        Console(file=sys.stdout).print(table(summary))
+
+
+def table(summary: dict[str, Any]) -> Table:
+    """The output of ``scores`` for people: a row for each question type, a column a control."""
+    columns = ("accuracy", "heldout", "shuffled", "majority", "n")
+    drawn = Table("questions", *columns)
+
+    def row(name: str, values: Iterable[float | None], n: int) -> None:
+        drawn.add_row(name, *("-" if v is None else f"{v:.3f}" for v in values), f"{n:,}")
+
+    for kind, found in summary["by_question"].items():
+        row(kind, (found[column] for column in columns[:-1]), found["n"])
+    drawn.add_section()
+    overall = ("accuracy", "heldout_combination", "shuffled_image", "blind_majority")
+    keys = [name if name == "accuracy" else f"{name}_accuracy" for name in overall]
+    row("all", (summary[key] for key in keys), summary["questions"])
+    return drawn

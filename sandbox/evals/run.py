@@ -1,0 +1,241 @@
+"""A model against a task: what it answers, and what it still answers without the right picture."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+import torch
+
+from sandbox.data.batch import Batch, collate
+from sandbox.data.prompt import Image, Prompt, Segment, Turn, Video
+from sandbox.data.task import Question, Sample, Split, Task
+from sandbox.errors import UserError
+from sandbox.evals.metrics import wilson_interval
+from sandbox.model import VisionLanguageModel
+
+Images = Literal["own", "shuffled"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One question put to a model.
+
+    Attributes:
+        split, index, content: the sample that the question belongs to, and the hash of what it
+            shows.
+        shown: index of the sample whose images the model saw; another one in the blind control.
+        question: its text, its type and the true answer.
+        correct: whether greedy decoding gives exactly this answer.
+        reply: the model's own words, where they were generated (see ``with_replies``).
+    """
+
+    split: Split
+    index: int
+    content: str
+    shown: int
+    question: Question
+    correct: bool
+    reply: str | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """A share of right answers with its 95% Wilson interval.
+
+    The interval takes questions as independent. Several share an image, so it is a little narrow.
+    """
+
+    accuracy: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, correct: Sequence[bool]) -> "Score":
+        """The score of at least one answer."""
+        right, n = sum(correct), len(correct)
+        return cls(right / n, *wilson_interval(right, n), n)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Scores of many records: of all questions, of each type, and the types' plain mean."""
+
+    overall: Score
+    by_kind: dict[str, Score]
+    macro: float
+
+
+def evaluate(
+    model: VisionLanguageModel,
+    task: Task,
+    split: Split,
+    samples: int,
+    *,
+    batch_size: int = 32,
+    images: Images = "own",
+) -> list[Record]:
+    """Ask every question about the first ``samples`` samples of a split.
+
+    No text is generated. An answer is spelled out by greedy decoding if and only if each of its
+    tokens, the end of turn included, is the likeliest after the true ones before it. So one forward
+    pass scores all questions of an image, which share its tokens. (Stricter than comparing strings
+    in one respect: the same text in other tokens counts as wrong.)
+
+    With ``images="shuffled"`` the questions are asked about the images of another sample, the blind
+    control: what a model still gets right, it did not see. Every sample's images are shown once,
+    and never to a sample of the same content.
+
+    Raises:
+        UserError: the split is empty, or too small or too uniform to shuffle.
+    """
+    size = task.size(split)
+    samples = samples if size is None else min(samples, size)
+    if samples < 1:
+        raise UserError(f"the split '{split}' has no sample to evaluate on")
+    shift = 0 if images == "own" else _shift(task, split, samples)
+    records = []
+    with _inference(model):
+        for start in range(0, samples, batch_size):
+            indices = range(start, min(start + batch_size, samples))
+            shown = [(index + shift) % samples for index in indices]
+            asked = [task.sample(split, index) for index in indices]
+            if shift:
+                seen = [_swap(a, task.sample(split, i)) for a, i in zip(asked, shown, strict=True)]
+            else:
+                seen = asked
+            batch = _batch(model, seen, name=f"{split} {indices.start}-{indices.stop - 1}")
+            correct = iter(batch.answered(model(batch).correct).tolist())
+            records += [
+                Record(split, index, sample.content, other, question, next(correct))
+                for index, other, sample in zip(indices, shown, asked, strict=True)
+                for question in sample.questions
+            ]
+    return records
+
+
+def with_replies(
+    model: VisionLanguageModel,
+    task: Task,
+    records: Iterable[Record],
+    *,
+    batch_size: int = 64,
+    max_tokens: int = 16,
+) -> list[Record]:
+    """The records with the model's greedy replies; a right one is the answer, and not generated."""
+    records = list(records)
+    replies = {n: record.question.answer for n, record in enumerate(records) if record.correct}
+    missing = [n for n in range(len(records)) if n not in replies]
+    for start in range(0, len(missing), batch_size):
+        numbers = missing[start : start + batch_size]
+        prompts = [_prompt(task, records[n]) for n in numbers]
+        generated = model.generate(prompts, max_tokens=max_tokens)
+        replies.update(zip(numbers, generated, strict=True))
+    return [replace(record, reply=replies[n]) for n, record in enumerate(records)]
+
+
+def expert_load(
+    model: VisionLanguageModel, task: Task, split: Split, samples: int
+) -> dict[int, dict[str, list[float]]]:
+    """How the routers of each mixture layer share out ``image`` and ``text`` tokens.
+
+    Returns:
+        By layer and modality: the share of visits that each expert gets; they sum to 1.
+    """
+    with _inference(model):
+        batch = _batch(model, [task.sample(split, index) for index in range(samples)], name=split)
+        patches = batch.patches.flatten()
+        real = torch.ones_like(patches) if batch.real_tokens is None else batch.real_tokens
+        masks = {"image": patches, "text": real & ~patches}
+        return {
+            routing.layer: {
+                name: (load / load.sum()).tolist()
+                for name, mask in masks.items()
+                if (load := routing.load(mask)).sum() > 0
+            }
+            for routing in model(batch).routing
+        }
+
+
+def summarize(records: Sequence[Record]) -> Summary:
+    """Scores overall and by question type, types in alphabetical order.
+
+    Raises:
+        ValueError: there is no record.
+    """
+    if not records:
+        raise ValueError("there is no record to summarize")
+    kinds: defaultdict[str, list[bool]] = defaultdict(list)
+    for record in records:
+        kinds[record.question.kind].append(record.correct)
+    by_kind = {kind: Score.of(kinds[kind]) for kind in sorted(kinds)}
+    return Summary(
+        overall=Score.of([record.correct for record in records]),
+        by_kind=by_kind,
+        macro=fmean(score.accuracy for score in by_kind.values()),
+    )
+
+
+def write_predictions(path: Path, records: Iterable[Record]) -> None:
+    """Write one JSON object a line; a question's fields stand beside the record's."""
+    with path.open("w", encoding="utf-8") as file:
+        for record in records:
+            fields = asdict(record)
+            question = fields.pop("question")
+            question["question"] = question.pop("text")
+            file.write(json.dumps(fields | question, ensure_ascii=False) + "\n")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an indented JSON file."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _inference(model: VisionLanguageModel) -> Iterator[None]:
+    """Without gradients and in eval mode; the model's mode is restored."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
+def _batch(model: VisionLanguageModel, samples: Iterable[Sample], *, name: str) -> Batch:
+    examples = [model.prompts.encode_sample(sample) for sample in samples]
+    return collate(examples, name=name).to(model.backbone.embed.weight.device)
+
+
+def _swap(sample: Sample, other: Sample) -> Sample:
+    """The sample's questions about the other's images."""
+    return replace(sample, images=other.images, times=other.times)
+
+
+def _shift(task: Task, split: Split, samples: int) -> int:
+    """The least distance by which rolling the images gives each sample one of another content."""
+    contents = [task.sample(split, index).content for index in range(samples)]
+    for shift in range(1, samples):
+        rolled = contents[shift:] + contents[:shift]
+        if all(own != other for own, other in zip(contents, rolled, strict=True)):
+            return shift
+    raise UserError(
+        f"the images of {samples} samples of the split '{split}' cannot be shuffled so that each "
+        "shows something else: evaluate more samples"
+    )
+
+
+def _prompt(task: Task, record: Record) -> Prompt:
+    shown = task.sample(record.split, record.shown)
+    context: list[Segment] = (
+        list(map(Image, shown.images))
+        if shown.times is None
+        else [Video(shown.images, shown.times)]
+    )
+    return Prompt([Turn("user", [*context, record.question.text])])
