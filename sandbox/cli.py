@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if argv and argv[0] in TRAINER_COMMANDS:
-            from sandbox.train.lightning_cli import run
+            from sandbox.lightning_cli import run
 
             run(argv[0], argv[1:])
             return 0

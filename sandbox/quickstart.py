@@ -18,15 +18,14 @@ from sandbox.checkpoint import provenance, save_model
 from sandbox.data.module import VQAData
 from sandbox.data.task import Question, Task
 from sandbox.errors import UserError
-from sandbox.evals.controls import Blind, Results, scores
+from sandbox.evals.controls import PREDICTIONS, SUMMARY, Blind, Results, scores
 from sandbox.evals.run import expert_load, write_json, write_predictions
+from sandbox.lightning_cli import SandboxCLI
 from sandbox.model import VisionLanguageModel
 from sandbox.report.gather import architecture, gallery, swap
 from sandbox.report.page import Architecture, Curve, Facts, interval, percent, write_report
 from sandbox.runs import CONFIG
-from sandbox.train.lightning_cli import SandboxCLI
 
-SUMMARY = "summary.json"
 RECIPE = Path(__file__).with_suffix(".yaml")
 CHECKS = 12  # validations in a run whose length the caller chose
 EXAMPLES = "examples"
@@ -78,7 +77,7 @@ def quickstart(
         "provenance": provenance() | {"data": data.identity()},
     }
     commands = _commands(out, data.task)
-    write_predictions(out / "predictions.jsonl", results.records)
+    write_predictions(out / PREDICTIONS, results.records)
     write_report(
         out / "report.html",
         _facts(model, data, results, blind, design, _curve(fitted.trainer), summary, commands),

@@ -190,6 +190,28 @@ def test_questions_are_capped_anew_in_each_pass():
     )
 
 
+def test_question_types_take_turns_under_a_cap():
+    """Guards against a seldom asked type that the cap drowns."""
+    data = make(charts(questions_per_image=8), questions_per_sample=2, batch_size=40)
+    batch = next(iter(data.train_dataloader()))
+    two = [batch.kinds[i : i + 2] for i in range(0, len(batch.kinds), 2)]
+    assert all(len(set(pair)) == 2 for pair in two)
+    assert {kind for pair in two for kind in pair} == {"value", "extremum", "count"}
+
+
+def test_question_types_start_when_they_are_told_to():
+    """Guards against a type that leaks in early, or a late one that evaluation leaves out."""
+    data = make(charts(questions_per_image=8), starts={"value": 8, "extremum": 16, "count": 0})
+    kinds = [set(batch.kinds) for batch in islice(data.train_dataloader(), 6)]
+    assert kinds[:2] == [{"count"}, {"count"}]
+    assert kinds[2] | kinds[3] == {"count", "value"}
+    assert kinds[4] | kinds[5] == {"count", "value", "extremum"}
+    assert set(next(iter(data.val_dataloader()[0])).kinds) == {"count", "value", "extremum"}
+    late = make(charts(questions_per_image=8), starts=dict.fromkeys(kinds[4] | kinds[5], 8))
+    with pytest.raises(UserError, match=r"train samples 0\.\.3: no question is asked so early"):
+        next(iter(late.train_dataloader()))
+
+
 def test_without_an_end_or_an_encoder():
     """Guards against a run that never stops, and an obscure error in a notebook."""
     data = make(charts())

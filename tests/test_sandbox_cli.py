@@ -298,7 +298,7 @@ def test_arguments_that_a_new_class_cannot_take_are_not_dropped_in_silence(
 
 def _parsed(*argv: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The effective configuration, without building anything from it."""
-    from sandbox.train.lightning_cli import SandboxCLI
+    from sandbox.lightning_cli import SandboxCLI
 
     monkeypatch.setattr(SandboxCLI, "instantiate_classes", lambda self: None)
     monkeypatch.setattr(SandboxCLI, "_run_subcommand", lambda self, subcommand: None)
@@ -344,7 +344,27 @@ def test_train_resume_evaluate(workplace: Path, capsys: pytest.CaptureFixture[st
     last = os.fspath(run / "checkpoints" / "last.ckpt")
     assert call("test", "--config", str(run / "config.yaml"), "--ckpt_path", last) == 0
     assert "test/accuracy" in capsys.readouterr().out
-    assert len(list((workplace / "runs").iterdir())) == 2
+    (tested,) = (workplace / "runs").glob("*-test-*")
+    summary = json.loads((tested / "summary.json").read_text())
+    assert 0 <= summary["shuffled_image_accuracy"] <= 1
+    assert summary["questions"] == sum(kind["n"] for kind in summary["by_question"].values())
+
+    assert call("predict", "--config", str(run / "config.yaml"), "--ckpt_path", str(run)) == 0
+    (predicted,) = (workplace / "runs").glob("*-predict-*")
+    replies = list(map(json.loads, (predicted / "predictions.jsonl").read_text().splitlines()))
+    assert {reply["split"] for reply in replies} == {"test", "heldout"}
+    own = [reply for reply in replies if reply["split"] == "test"]
+    assert [r["correct"] for r in own] == [
+        r["correct"]
+        for r in map(json.loads, (tested / "predictions.jsonl").read_text().splitlines())
+        if r["split"] == "test" and r["shown"] == r["index"]
+    ]
+
+
+def test_evaluation_needs_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without one, Lightning evaluates random weights and reports them like any others."""
+    assert call("test", "--config", "tiny.yaml") == 1
+    assert "random weights" in capsys.readouterr().err
 
 
 def test_an_error_in_a_constructor_is_told_as_it_was_raised(

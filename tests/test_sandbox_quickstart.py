@@ -16,8 +16,8 @@ from sandbox.data.prompt import Prompt
 from sandbox.data.task import Question
 from sandbox.errors import UserError
 from sandbox.evals.run import Record, evaluate, summarize
+from sandbox.lightning_cli import SandboxCLI
 from sandbox.quickstart import quickstart
-from sandbox.train.lightning_cli import SandboxCLI
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
 from sandbox.data.task import Question, Split, Task
+from sandbox.errors import UserError
 
 Answer = TypeVar("Answer")
 
@@ -29,7 +30,7 @@ def stream(seed: int, split: Split, index: int) -> random.Random:
 
     Raises:
         IndexError: index is negative.
-        ValueError: split is not one of the four.
+        UserError: split is not one of the four.
     """
     check_names("split", [split], get_args(Split))
     if index < 0:
@@ -51,15 +52,15 @@ def check_names(what: str, names: Iterable[str], valid: Sequence[str]) -> None:
     """Refuse an empty list and unknown names.
 
     Raises:
-        ValueError: no name is given, or one is not valid; the nearest valid one is named.
+        UserError: no name is given, or one is not valid; the nearest valid one is named.
     """
     names = list(names)
     if not names:
-        raise ValueError(f"name at least one {what} of {', '.join(valid)}")
+        raise UserError(f"name at least one {what} of {', '.join(valid)}")
     for name in names:
         if name not in valid:
             near = get_close_matches(name, valid, n=1, cutoff=0.0)[0]
-            raise ValueError(
+            raise UserError(
                 f"unknown {what} {name!r}: did you mean {near!r}? (valid: {', '.join(valid)})"
             )
 
@@ -79,13 +80,14 @@ def thin(chances: Mapping[Answer, float]) -> dict[Answer, float]:
 def pick_questions(
     by_kind: Iterable[list[Question]], count: int, rng: random.Random
 ) -> tuple[Question, ...]:
-    """At most ``count`` distinct questions, the kinds taking turns so that none crowds out another.
+    """At most ``count`` of the questions, the kinds taking turns so that none crowds out another.
 
     >>> a, b = Question("a?", "1", "a"), Question("b?", "1", "b")
-    >>> [q.kind for q in pick_questions([[a], [b, b, b]], 3, random.Random(0))]
+    >>> sorted(q.kind for q in pick_questions([[a], [b, b, b]], 3, random.Random(0)))
     ['a', 'b', 'b']
     """
     shuffled = [rng.sample(questions, len(questions)) for questions in by_kind]
+    rng.shuffle(shuffled)  # with more kinds than turns, the last ones would never have theirs
     turns = [question for turn in zip_longest(*shuffled) for question in turn if question]
     return tuple(turns[:count])
 

@@ -37,6 +37,10 @@ class VQAData(lightning.LightningDataModule):
         questions_per_sample: train on at most so many questions of a sample, drawn anew in each
             pass, question types taking turns (so that a type which is seldom asked is learned
             too); None = all. Evaluation asks all.
+        starts: the training sample (counted through all passes) from which on a question type is
+            asked; types not named are asked from the first. What is easily seen can hide what is
+            not (experiments/LOG.md), so the harder type may need a start of its own. Samples
+            without a question so far are passed over.
         val_samples: validation samples of a task that has no end of them.
         test_samples: the same for the test and the held-out split.
         workers: processes that encode; 0 encodes in the main process.
@@ -52,6 +56,7 @@ class VQAData(lightning.LightningDataModule):
         batch_size: int = 16,
         loss: Loss = "answer",
         questions_per_sample: int | None = None,
+        starts: dict[str, int] | None = None,
         val_samples: int = 256,
         test_samples: int = 1024,
         workers: int = 0,
@@ -62,6 +67,7 @@ class VQAData(lightning.LightningDataModule):
         self.batch_size = batch_size
         self.loss: Loss = loss
         self.questions_per_sample = questions_per_sample
+        self.starts = starts or {}
         self.limits: dict[Split, int] = {
             "val": val_samples,
             "test": test_samples,
@@ -78,6 +84,7 @@ class VQAData(lightning.LightningDataModule):
             self.task.identity(),
             self.loss,
             self.questions_per_sample,
+            sorted(self.starts.items()),
             self.seed,
         )
 
@@ -121,10 +128,6 @@ class VQAData(lightning.LightningDataModule):
         """The test split and, second, the held-out one where the task offers it."""
         return [self._evaluation(split) for split in self.test_splits]
 
-    def predict_dataloader(self) -> "Sequence[_SizedBatches]":
-        """What is tested."""
-        return self.test_dataloader()
-
     def state_dict(self) -> dict[str, Any]:
         """Where training stands, for a checkpoint."""
         progress = self._progress()
@@ -161,12 +164,14 @@ class VQAData(lightning.LightningDataModule):
         for first in count(start, processes * self.batch_size):
             places = range(first, first + self.batch_size)
             if size is None:
-                yield [_Draw("train", 0, place) for place in places]
+                yield [_Draw("train", place, place) for place in places]
             else:
-                yield [self._nth_draw(*divmod(place, size), size) for place in places]
+                yield [_Draw("train", self._nth(place, size), place) for place in places]
 
-    def _nth_draw(self, epoch: int, place: int, size: int) -> "_Draw":
-        return _Draw("train", epoch, int(_permutation(self.seed, epoch, size)[place]))
+    def _nth(self, place: int, size: int) -> int:
+        """The index of the sample at a place in the stream of a finite task."""
+        epoch, offset = divmod(place, size)
+        return int(_permutation(self.seed, epoch, size)[offset])
 
     def _evaluation(self, split: Split) -> "_SizedBatches":
         """A split in batches of nearly equal size, as many for every process.
@@ -181,7 +186,7 @@ class VQAData(lightning.LightningDataModule):
         # Processes meet in every batch, so one must not have more batches than another.
         batches = -(-size // (self.batch_size * processes)) * processes
         mine = np.array_split(np.arange(size), batches)[rank::processes]
-        draws = [[_Draw(split, 0, int(index)) for index in indices] for indices in mine]
+        draws = [[_Draw(split, int(index), 0) for index in indices] for indices in mine]
         return _SizedBatches(lambda: self._loader(draws), len(draws))
 
     def _size(self, split: Split) -> int:
@@ -197,7 +202,7 @@ class VQAData(lightning.LightningDataModule):
     def _loader(self, draws: "Iterator[list[_Draw]] | list[list[_Draw]]") -> DataLoader[Batch]:
         if self.prompts is None:
             raise UserError("VQAData without a Trainer needs `data.prompts = model.prompts`")
-        encoded = _Encoded(self.task, self.prompts, self.loss, self.questions_per_sample, self.seed)
+        encoded = _Encoded(self, self.prompts)
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(
             encoded,
@@ -219,46 +224,47 @@ class _Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class _Draw:
-    """One sample, and the pass over its split that it is drawn in."""
+    """One sample, and the place in the training stream that it is drawn at."""
 
     split: Split
-    epoch: int
     index: int
+    place: int
 
 
 class _Encoded(Dataset[Batch]):
     """Makes a batch of a list of draws: all that a worker process needs."""
 
-    def __init__(
-        self,
-        task: Task,
-        prompts: PromptEncoder,
-        loss: Loss,
-        questions_per_sample: int | None,
-        seed: int,
-    ) -> None:
-        self.task = task
+    def __init__(self, data: VQAData, prompts: PromptEncoder) -> None:
+        self.task = data.task
         self.prompts = replace(prompts, tokenizer=_Memo(prompts.tokenizer))
-        self.loss: Loss = loss
-        self.questions_per_sample = questions_per_sample
-        self.seed = seed
+        self.loss = data.loss
+        self.questions_per_sample = data.questions_per_sample
+        self.starts = data.starts
+        self.seed = data.seed
 
     def __getitem__(self, draws: Sequence[_Draw]) -> Batch:
-        examples = [
-            self.prompts.encode_sample(self._sample(draw), loss=self.loss) for draw in draws
-        ]
         indices = [draw.index for draw in draws]
-        return collate(examples, name=f"{draws[0].split} samples {_listed(indices)}")
+        name = f"{draws[0].split} samples {_listed(indices)}"
+        samples = [sample for draw in draws if (sample := self._sample(draw)).questions]
+        if not samples:
+            raise UserError(f"{name}: no question is asked so early; let one type start at 0")
+        examples = [self.prompts.encode_sample(sample, loss=self.loss) for sample in samples]
+        return collate(examples, name=name)
 
     def _sample(self, draw: _Draw) -> Sample:
+        """The sample, with the questions that training asks of it at this place."""
         sample = self.task.sample(draw.split, draw.index)
-        most = self.questions_per_sample
-        if draw.split != "train" or most is None or len(sample.questions) <= most:
+        if draw.split != "train":
             return sample
-        rng = random.Random(f"{self.seed} {draw.epoch} {draw.index}")
         by_kind = defaultdict[str, list[Question]](list)
         for question in sample.questions:
-            by_kind[question.kind].append(question)
+            if self.starts.get(question.kind, 0) <= draw.place:
+                by_kind[question.kind].append(question)
+        questions = [question for kind in by_kind.values() for question in kind]
+        most = self.questions_per_sample
+        if most is None or len(questions) <= most:
+            return replace(sample, questions=tuple(questions)) if self.starts else sample
+        rng = random.Random(f"{self.seed} {draw.place} {draw.index}")
         kinds = rng.sample(list(by_kind.values()), len(by_kind))
         return replace(sample, questions=pick_questions(kinds, most, rng))
 

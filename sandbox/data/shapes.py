@@ -13,6 +13,7 @@ from PIL import ImageDraw
 from sandbox.data.drawing import COLORS
 from sandbox.data.generated import check_names, fingerprint, pick_questions, split_of, stream, thin
 from sandbox.data.task import Question, Sample, Split, Task
+from sandbox.errors import UserError
 
 VERSION = 1  # raise it when the same arguments draw or ask something else
 
@@ -92,10 +93,12 @@ def _count(things: list[Thing], grid: int, rng: random.Random) -> Asked:
 
 
 def _tally(things: list[Thing], grid: int, rng: random.Random) -> Asked:
-    for word, objects in PLURALS.items():
+    # Words are drawn by lot before their chances: many fall away, and which others are left must
+    # not decide whether one is asked.
+    for word in rng.sample(list(PLURALS), 6):
         same = [thing for thing in things if word in thing.pair]
         keep = _keep_tally(word, len(things)).get(len(same), 0)
-        yield Question(f"How many {objects} are there?", str(len(same)), "tally"), keep, same
+        yield Question(f"How many {PLURALS[word]} are there?", str(len(same)), "tally"), keep, same
 
 
 def _relation(things: list[Thing], grid: int, rng: random.Random) -> Asked:
@@ -174,7 +177,7 @@ class Shapes(Task):
     shape or colour (0..2), and ``relation`` ("Is the red circle left of the blue square?").
     Places are called "top left" in a 3 x 3 grid, "row 1, column 4" in others.
 
-    Outside `heldout` every answer to a question is equally frequent, for each question string.
+    Outside `heldout`, all possible answers are equally frequent, for each question string.
     `heldout` scenes have one object of a (shape, colour) pair that no other split has, and every
     question touches that object.
 
@@ -186,7 +189,7 @@ class Shapes(Task):
         seed: another seed draws other scenes, from the same splits.
 
     Raises:
-        ValueError: an unknown question type, or a number out of range.
+        UserError: an unknown question type, or a number out of range.
     """
 
     def __init__(
@@ -200,7 +203,7 @@ class Shapes(Task):
         self.questions = ["color", "place", "count", "relation"] if questions is None else questions
         check_names("question type", self.questions, tuple(QUESTIONS))
         if grid < 2 or size < 12 * grid or questions_per_image < 1:
-            raise ValueError(
+            raise UserError(
                 "shapes need grid >= 2, size >= 12 * grid and questions_per_image >= 1, "
                 f"got {grid}, {size} and {questions_per_image}"
             )

@@ -29,6 +29,8 @@ from sandbox.evals.run import (
 )
 from sandbox.model import VisionLanguageModel
 
+SUMMARY = "summary.json"
+PREDICTIONS = "predictions.jsonl"
 LEARNED = 10_000  # training samples that a majority is taken of, where there is no end of them
 
 
@@ -171,8 +173,8 @@ class Controls(Callback):
         )
         summary = scores(results, blind)
         out = Path(trainer.default_root_dir)
-        write_predictions(out / "predictions.jsonl", results.records)
-        write_json(out / "summary.json", summary)
+        write_predictions(out / PREDICTIONS, results.records)
+        write_json(out / SUMMARY, summary)
         Console(file=sys.stdout).print(table(summary))
 
 

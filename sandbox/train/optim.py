@@ -76,6 +76,15 @@ class MuonAdamW(AdamW):
                 self._muon(group)
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state of parameters; rates and momenta stay as configured."""
+        configured = [
+            {k: v for k, v in group.items() if k != "params"} for group in self.param_groups
+        ]
+        super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, configured, strict=True):
+            group.update(own)
+
     def _muon(self, group: dict[str, Any]) -> None:
         by_shape: defaultdict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for parameter in group["params"]:
@@ -98,6 +107,27 @@ class MuonAdamW(AdamW):
                 scale = max(1.0, outputs / inputs) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
+
+
+class Schedule(LambdaLR):
+    """A schedule whose checkpoint says how far it is, not which rates it had.
+
+    Whoever resumes with another learning rate gets it.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps."""
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go to the step that was saved, at the rates configured now."""
+        self.last_epoch = state_dict["last_epoch"]
+        self._last_lr = [
+            base * share(self.last_epoch)
+            for base, share in zip(self.base_lrs, self.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
@@ -128,7 +158,7 @@ def matrices(model: nn.Module) -> set[Tensor]:
 
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, steps: int
-) -> tuple[MuonAdamW, LambdaLR]:
+) -> tuple[MuonAdamW, Schedule]:
     """Optimizer and schedule over ``steps`` updates of the parameters that require gradients."""
     trained = [p for p in model.parameters() if p.requires_grad]
     by_muon = matrices(model) if config.name == "muon" else set()
@@ -148,7 +178,7 @@ def build_optimizer(
         weight_decay=config.weight_decay,
         fused=True,
     )
-    return optimizer, LambdaLR(optimizer, lambda step: learning_rate(config, step, steps))
+    return optimizer, Schedule(optimizer, lambda step: learning_rate(config, step, steps))
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

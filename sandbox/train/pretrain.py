@@ -125,12 +125,6 @@ class Pretrain(lightning.LightningModule):
         self._scores.clear()
         self.log_dict({name: fmean(values) for name, values in sorted(pooled.items())})
 
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[bool]:
-        """Whether greedy decoding gives each answer of the batch."""
-        output: Output = self.model(batch)
-        right: list[bool] = batch.answered(output.correct).tolist()
-        return right
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint describe itself, and hold the states of the random generators."""
         checkpoint.update(run_state(self.trainer, self.model))

@@ -18,7 +18,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from sandbox.checkpoint import load_weights, read_checkpoint
 from sandbox.errors import UserError
+from sandbox.evals.controls import PREDICTIONS, Controls
+from sandbox.evals.run import evaluate, with_replies, write_predictions
 from sandbox.runs import CONFIG, RUNS, new_run_dir, resume_point
 from sandbox.train.callbacks import Checkpoints, NonFiniteGuard, RunRecord
 
@@ -93,6 +96,15 @@ class SandboxCLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.get("weights_only") is None:
             config["weights_only"] = True
+        if self.subcommand == "fit":
+            return
+        if config.ckpt_path is not None:
+            config["ckpt_path"] = str(resume_point(config.ckpt_path, flag="--ckpt_path")[1])
+        elif not config.model.get("init_args", {}).get("init_from"):
+            raise UserError(
+                f"{self.subcommand} without --ckpt_path would measure random weights: name a run "
+                "directory or a checkpoint"
+            )
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; what the user can mend is told as it was raised."""
@@ -110,9 +122,7 @@ class SandboxCLI(LightningCLI):
         run_dir = self.run_dir or self._new_run_dir(config)
         if config.trainer.logger in (None, True) and not config.trainer.barebones:
             kwargs["logger"] = _loggers(run_dir)
-        if self.subcommand == "fit" and not (
-            config.trainer.barebones or config.trainer.fast_dev_run
-        ):
+        if not (config.trainer.barebones or config.trainer.fast_dev_run):
             kwargs["callbacks"] = self._callbacks(config)
         if _first_process():
             print(self._parser(self.subcommand).dump(config, skip_default=True))
@@ -123,9 +133,13 @@ class SandboxCLI(LightningCLI):
         """Those of the configuration, and the house's where it names none of their class."""
         given = self._get(self.config_init, "trainer").callbacks or []
         callbacks = list(given) if isinstance(given, Sequence) else [given]
-        house: list[type[Callback]] = [RunRecord, NonFiniteGuard]
-        if config.trainer.enable_checkpointing is not False:
-            house.append(Checkpoints)
+        house: list[type[Callback]] = []
+        if self.subcommand == "fit":
+            house = [RunRecord, NonFiniteGuard]
+            if config.trainer.enable_checkpointing is not False:
+                house.append(Checkpoints)
+        elif self.subcommand == "test":
+            house = [Controls]
         present = tuple(map(type, callbacks))
         return callbacks + [kind() for kind in house if kind not in present]
 
@@ -137,6 +151,20 @@ class SandboxCLI(LightningCLI):
         if self.checkpoint:
             kwargs["ckpt_path"] = str(self.checkpoint)
         self.trainer.fit(**kwargs)
+
+    def predict(self, model: Any, datamodule: Any, **kwargs: Any) -> None:
+        """Write every question of the tested splits with the model's reply."""
+        if path := kwargs.get("ckpt_path"):
+            load_weights(model.model, read_checkpoint(path)[1], source=path)
+        network = model.model.to(self.trainer.strategy.root_device)
+        out = Path(self.trainer.default_root_dir) / PREDICTIONS
+        records = [
+            record
+            for split in datamodule.test_splits
+            for record in evaluate(network, datamodule.task, split, datamodule.limits[split])
+        ]
+        write_predictions(out, with_replies(network, datamodule.task, records))
+        print(f"predictions: {out}")
 
     def _new_run_dir(self, config: Any) -> Path:
         file = Path(str(config.config[0])) if config.config else Path("run")
