@@ -15,6 +15,7 @@ from sandbox.data.media import load_image
 from sandbox.data.prompt import Prompt
 from sandbox.data.task import Question
 from sandbox.errors import UserError
+from sandbox.evals.controls import Results
 from sandbox.evals.run import Record, evaluate, summarize
 from sandbox.lightning_cli import SandboxCLI
 from sandbox.quickstart import quickstart
@@ -117,18 +118,18 @@ def test_unusable_directories_fail_before_training(tmp_path: Path, monkeypatch: 
         quickstart(tmp_path / "run")
 
 
-def results(content: str) -> "module._Results":
+def results(content: str) -> Results:
     record = Record("test", 0, content, 0, Question("How many?", "2", "count"), correct=True)
     bound = replace(record, correct=False, question=Question("Which?", "a", "which", ("a", "b")))
-    return module._Results(own=[record, bound], heldout=[record, bound], shuffled=[record])
+    return Results(own=[record, bound], heldout=[record, bound], shuffled=[record])
 
 
 def test_a_training_chart_in_the_test_split_is_an_error():
     """Guards against an accuracy on charts that the model has seen."""
     seen = Charts().sample("train", 5).content
-    module._blind(Charts(), 5, results(seen))
+    assert module._learned(Charts(), 5, results(seen))
     with pytest.raises(RuntimeError, match="training sample 5"):
-        module._blind(Charts(), 6, results(seen))
+        module._learned(Charts(), 6, results(seen))
 
 
 def test_held_out_figure_leaves_out_what_joins_nothing():

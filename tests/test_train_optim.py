@@ -1,5 +1,7 @@
 """Muon beside AdamW in one optimizer: parity, schedule, and what a resumed run keeps."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -66,7 +68,7 @@ def test_the_schedule_warms_up_and_falls_to_its_end():
         rates = [learning_rate(config, step, 100) for step in range(101)]
         assert rates[0] == pytest.approx(0.1)
         assert rates[9] == rates[10] == pytest.approx(1.0)
-        assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+        assert all(a >= b for a, b in pairwise(rates[10:]))
         assert rates[100] == pytest.approx(0.1)
 
 
