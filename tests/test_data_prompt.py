@@ -13,6 +13,7 @@ from sandbox.data.batch import IGNORE, Example
 from sandbox.data.media import load_image
 from sandbox.data.prompt import Image, Loss, Prompt, PromptEncoder, Turn, Video
 from sandbox.data.task import Question, Sample
+from sandbox.errors import UserError
 from sandbox.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load()
@@ -279,33 +280,33 @@ def test_special_tokens_in_user_text_stay_text() -> None:
 def test_empty_answers_and_prompts_are_refused() -> None:
     """Guards against questions that carry no loss and silently vanish from the scores."""
     for answer in ("", " \n"):
-        with pytest.raises(ValueError, match="an answer is empty"):
+        with pytest.raises(UserError, match=r"sample content: the answer to .* is empty"):
             encoder().encode_sample(sample("7", answer))
-        with pytest.raises(ValueError, match="an answer is empty"):
+        with pytest.raises(UserError, match="an assistant turn is empty"):
             encoder().encode(Prompt([Turn("assistant", [answer])]))
-    with pytest.raises(ValueError, match="sample content has no question"):
+    with pytest.raises(UserError, match="sample content has no question"):
         encoder().encode_sample(sample())
-    with pytest.raises(ValueError, match="at least one turn"):
+    with pytest.raises(UserError, match="at least one turn"):
         encoder().encode(Prompt([]))
 
 
 def test_assistants_cannot_show_images() -> None:
     """Guards against an image of an assistant turn that is dropped without a word."""
-    with pytest.raises(ValueError, match="assistant turn holds an image"):
+    with pytest.raises(UserError, match="assistant turn holds an image"):
         encoder().encode(Prompt([Turn("assistant", ["look: ", Image(RED)])]))
 
 
 def test_content_must_be_a_list() -> None:
     """Guards against ``Turn("user", "text")``, which would encode every character alone."""
-    with pytest.raises(ValueError, match=r"a list of segments: write \['What\?'\]"):
+    with pytest.raises(UserError, match=r"a list of segments: write \['What\?'\]"):
         Turn("user", "What?")
 
 
 def test_video_needs_a_time_for_every_frame() -> None:
     """Guards against frames paired with the times of others."""
-    with pytest.raises(ValueError, match="2 frames and 1 times"):
+    with pytest.raises(UserError, match="2 frames and 1 times"):
         Video([RED, GREEN], [0.0])
-    with pytest.raises(ValueError, match="3 frames and 2 times"):
+    with pytest.raises(UserError, match="3 frames and 2 times"):
         encoder().encode_sample(sample("7", images=3, times=(0.0, 1.0)))
 
 

@@ -385,3 +385,30 @@ def test_processes_share_one_run_directory(workplace: Path) -> None:
     (run,) = (workplace / "runs").iterdir()
     assert (run / "checkpoints" / "last.ckpt").exists()
     assert json.loads((run / "run.json").read_text())["sessions"][0]["processes"] == 2
+
+
+def test_a_checkpoint_of_another_configuration_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """torch answers with a page of size mismatches, after some weights were taken over."""
+    assert call("fit", "--config", "tiny.yaml", "--name", "narrow") == 0
+    (run,) = Path("runs").iterdir()
+    wider = ["--model.backbone.width", "48"]
+    last = str(run / "checkpoints" / "last.ckpt")
+    for command in (
+        ["test", "--config", "tiny.yaml", "--ckpt_path", str(run), *wider],
+        ["fit", "--resume", str(run), *wider],
+        [
+            "fit",
+            "--config",
+            "tiny.yaml",
+            "--model.init_from",
+            str(run / "checkpoints/last.ckpt"),
+            *wider,
+        ],
+    ):
+        capsys.readouterr()
+        assert call(*command) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "is of another configuration" in error
+        assert "backbone.embed.weight" in error

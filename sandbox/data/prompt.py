@@ -14,6 +14,7 @@ from fusion.layout import PATCH, frame_mark, image_span
 from sandbox.data.batch import IGNORE, Example
 from sandbox.data.media import to_tile
 from sandbox.data.task import Question, Sample
+from sandbox.errors import UserError
 from sandbox.tokenizer import Tokenizer
 
 Loss = Literal["answer", "text"]
@@ -35,7 +36,7 @@ class Video:
 
     def __post_init__(self) -> None:
         if len(self.frames) != len(self.times):
-            raise ValueError(
+            raise UserError(
                 f"a video needs one time for every frame, got {len(self.frames)} frames "
                 f"and {len(self.times)} times"
             )
@@ -54,7 +55,7 @@ class Turn:
     def __post_init__(self) -> None:
         # A string is a sequence of strings too: every character would become a segment.
         if isinstance(self.content, str):
-            raise ValueError(f"a turn holds a list of segments: write [{self.content!r:.40}]")
+            raise UserError(f"a turn holds a list of segments: write [{self.content!r:.40}]")
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,10 @@ class PromptEncoder:
             reply: end with an open assistant header, so that the model may answer.
 
         Raises:
-            ValueError: the prompt has no turn, or an assistant turn is empty or not just text.
+            UserError: the prompt has no turn, or an assistant turn is empty or not just text.
         """
         if not prompt.turns:
-            raise ValueError("a prompt needs at least one turn")
+            raise UserError("a prompt needs at least one turn")
         stream, kinds = self._start(), list[str]()
         for turn in prompt.turns:
             if turn.role != "assistant":
@@ -126,7 +127,7 @@ class PromptEncoder:
                 continue
             said = [segment for segment in turn.content if isinstance(segment, str)]
             if len(said) < len(turn.content):
-                raise ValueError("an assistant turn holds an image or a video, not just text")
+                raise UserError("an assistant turn holds an image or a video, not just text")
             self._answer(stream, "".join(said), answer=len(kinds), learn_header=loss == "text")
             kinds.append("answer")
         if reply:
@@ -144,10 +145,10 @@ class PromptEncoder:
             position    0      1       2     3   |     4         5     |     4         5
 
         Raises:
-            ValueError: the sample has no question, or an answer is empty.
+            UserError: the sample has no question, or an answer is empty.
         """
         if not sample.questions:
-            raise ValueError(f"sample {sample.content} has no question")
+            raise UserError(f"sample {sample.content} has no question")
         stream = self._start()
         self._header(stream, "user")
         if sample.times is None:
@@ -158,6 +159,11 @@ class PromptEncoder:
         trunk = stream.position
         for number, question in enumerate(sample.questions):
             stream.branch, stream.position = number + 1, trunk
+            if not question.answer.strip():
+                raise UserError(
+                    f"sample {sample.content}: the answer to {question.text!r} is empty; every "
+                    "question needs at least one answer token"
+                )
             self._question(stream, question, number, learn=loss == "text")
         return self._finish(stream, [q.kind for q in sample.questions])
 
@@ -181,7 +187,9 @@ class PromptEncoder:
 
     def _answer(self, stream: _Stream, text: str, *, answer: int, learn_header: bool) -> None:
         if not text.strip():
-            raise ValueError("an answer is empty: every question needs at least one answer token")
+            raise UserError(
+                "an assistant turn is empty: it needs at least one token to answer with"
+            )
         self._header(stream, "assistant", learn=learn_header)
         ids = [*self.tokenizer.encode(text), self.tokenizer.eot]
         stream.write(ids, learn=True, answer=answer)

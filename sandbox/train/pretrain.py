@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from encoders.base import VisionEncoder
 from sandbox.backbone.config import BackboneConfig, preset
-from sandbox.checkpoint import load_weights, read_checkpoint
+from sandbox.checkpoint import PREFIX, load_weights, read_checkpoint
 from sandbox.data.batch import Batch
 from sandbox.errors import UserError
 from sandbox.model import FusionBuilder, Output, VisionLanguageModel
@@ -130,7 +130,17 @@ class Pretrain(lightning.LightningModule):
         checkpoint.update(run_state(self.trainer, self.model))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the random states until training starts: what happens before may draw too."""
+        """Refuse a checkpoint of another configuration, before anything is taken over.
+
+        The random states wait until training starts: what happens before may draw too.
+
+        Raises:
+            UserError: weights are missing, unexpected or misshapen.
+        """
+        tensors = {
+            name.removeprefix(PREFIX): tensor for name, tensor in checkpoint["state_dict"].items()
+        }
+        load_weights(self.model, tensors, source=str(self.trainer.ckpt_path))
         self._rng_states = checkpoint.get(RNG, [])
 
     def on_train_start(self) -> None:
