@@ -403,7 +403,7 @@ def test_a_checkpoint_of_another_configuration_is_one_line(
             "--config",
             "tiny.yaml",
             "--model.init_from",
-            str(run / "checkpoints/last.ckpt"),
+            last,
             *wider,
         ],
     ):
