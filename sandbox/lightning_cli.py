@@ -6,7 +6,9 @@ state, never configuration.
 
 import argparse
 import difflib
+import logging
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -58,6 +60,7 @@ class SandboxCLI(LightningCLI):
         run_dir: Path | None = None,
         checkpoint: Path | None = None,
     ) -> None:
+        _hush()
         self.argv = [subcommand, *argv]
         self.name = name
         self.run_dir = run_dir
@@ -198,6 +201,13 @@ class _KeepConfig(SaveConfigCallback):
 
 def _first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _hush() -> None:
+    """Keep advertisements, and a warning Lightning gives itself, from hiding what a run says."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    talker = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    talker.addFilter(lambda record: "Tip:" not in record.getMessage())
 
 
 def _loggers(run_dir: Path) -> list[Logger]:
