@@ -24,7 +24,7 @@ from sandbox.checkpoint import load_weights, read_checkpoint
 from sandbox.errors import UserError
 from sandbox.evals.controls import PREDICTIONS, Controls
 from sandbox.evals.run import evaluate, with_replies, write_predictions
-from sandbox.runs import CONFIG, RUNS, new_run_dir, resume_point
+from sandbox.runs import CONFIG, RUNS, find_checkpoint, new_run_dir, resume_point
 from sandbox.train.callbacks import Checkpoints, NonFiniteGuard, RunRecord
 
 HELP = (
@@ -102,7 +102,7 @@ class SandboxCLI(LightningCLI):
         if self.subcommand == "fit":
             return
         if config.ckpt_path is not None:
-            config["ckpt_path"] = str(resume_point(config.ckpt_path, flag="--ckpt_path")[1])
+            config["ckpt_path"] = str(find_checkpoint(config.ckpt_path))
         elif not config.model.get("init_args", {}).get("init_from"):
             raise UserError(
                 f"{self.subcommand} without --ckpt_path would measure random weights: name a run "

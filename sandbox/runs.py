@@ -32,8 +32,8 @@ def new_run_dir(name: str, parent: str | Path = RUNS) -> Path:
     raise AssertionError("count() does not end")
 
 
-def resume_point(path: str | Path, flag: str = "--resume") -> tuple[Path, Path]:
-    """The run directory and the checkpoint meant by ``--resume PATH``, or by another flag.
+def resume_point(path: str | Path) -> tuple[Path, Path]:
+    """The run directory and the checkpoint meant by ``--resume PATH``.
 
     ``path`` is a run directory, whose last checkpoint is taken, or a checkpoint inside one.
 

@@ -1,6 +1,5 @@
 """Feed-forward layers: dense, and a mixture of one shared and E routed experts."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -192,8 +191,3 @@ def router_z_loss(routing: Routing, chosen: Tensor | None = None) -> Tensor:
 def max_violation(load: Tensor) -> float:
     """MaxVio of arXiv 2408.15664: (max - mean) / mean of the experts' load; 0 is even."""
     return float((load.max() - load.mean()) / load.mean().clamp(min=1e-9))
-
-
-def mean_over_layers(losses: Sequence[Tensor]) -> Tensor:
-    """The mean of one loss over the mixture layers."""
-    return torch.stack(tuple(losses)).mean()

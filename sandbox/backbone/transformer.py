@@ -11,7 +11,7 @@ from sandbox.backbone import rope
 from sandbox.backbone.attention import Attention, Visibility
 from sandbox.backbone.cache import KVCache
 from sandbox.backbone.config import BackboneConfig
-from sandbox.backbone.moe import Experts, FeedForward, MoE, Routing
+from sandbox.backbone.moe import FeedForward, MoE, Routing
 
 
 class Block(nn.Module):
@@ -155,10 +155,3 @@ class Backbone(nn.Module):
     def mixtures(self) -> dict[int, MoE]:
         """The mixture layers by layer number."""
         return {i: block.ffn for i, block in enumerate(self.layers) if isinstance(block.ffn, MoE)}
-
-
-def routed_parameters(backbone: Backbone) -> int:
-    """Parameters of all routed experts, of which a token visits ``top_k / experts``."""
-    return sum(
-        p.numel() for m in backbone.modules() if isinstance(m, Experts) for p in m.parameters()
-    )
