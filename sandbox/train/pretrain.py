@@ -167,6 +167,8 @@ class Pretrain(lightning.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.model.backbone.config.balance == "bias":
             for number, mixture in self.model.backbone.mixtures().items():
+                if not mixture.router.weight.requires_grad:
+                    continue  # frozen: its choices stay as they are
                 load = self._load[number]
                 if self.trainer.world_size > 1:
                     load = self.trainer.strategy.reduce(load, reduce_op="sum")
