@@ -119,11 +119,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
             description = content.get(KEY)
-            tensors = {
-                name.removeprefix(PREFIX): tensor
-                for name, tensor in content.get("state_dict", {}).items()
-                if name.startswith(PREFIX)
-            }
+            tensors = model_tensors(content.get("state_dict", {}))
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path}: damaged or cut short ({cause})") from None
@@ -136,11 +132,20 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
     return description, tensors
 
 
+def model_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's own tensors in the state of a LightningModule that holds it as ``model``."""
+    return {
+        name.removeprefix(PREFIX): tensor
+        for name, tensor in state.items()
+        if name.startswith(PREFIX)
+    }
+
+
 def load_model(path: str | Path) -> VisionLanguageModel:
     """The model of a checkpoint, on the CPU and in eval mode.
 
     Raises:
-        UserError: see ``read_checkpoint`` and ``load_weights``.
+        UserError: see ``read_checkpoint`` and ``check_weights``.
     """
     description, tensors = read_checkpoint(path)
     model = build_model(description["model"])
@@ -152,11 +157,23 @@ def load_weights(model: VisionLanguageModel, tensors: Mapping[str, Tensor], *, s
     """Copy tensors into the model, all or none.
 
     Raises:
-        UserError: tensors are missing, unexpected or misshapen; the message names them.
+        UserError: see ``check_weights``.
     """
     tensors = dict(tensors)
     if model.backbone.config.tied and "backbone.embed.weight" in tensors:
         tensors.setdefault("backbone.head.weight", tensors["backbone.embed.weight"])
+    check_weights(model, tensors, source=source)
+    model.load_state_dict(tensors)
+
+
+def check_weights(
+    model: VisionLanguageModel, tensors: Mapping[str, Tensor], *, source: str
+) -> None:
+    """Refuse tensors that are not this model's.
+
+    Raises:
+        UserError: tensors are missing, unexpected or misshapen; the message names them.
+    """
     own = model.state_dict()
     misshapen = [
         f"{name} ({'x'.join(map(str, tensors[name].shape))} there, "
@@ -172,4 +189,3 @@ def load_weights(model: VisionLanguageModel, tensors: Mapping[str, Tensor], *, s
     found = [f"{len(names)} {what}, e.g. {names[0]}" for what, names in problems.items() if names]
     if found:
         raise UserError(f"checkpoint {source} is of another configuration: {'; '.join(found)}")
-    model.load_state_dict(tensors)

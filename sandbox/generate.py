@@ -1,11 +1,12 @@
 """Cached decoding over multimodal prompts of unequal length."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sandbox.backbone.cache import KVCache
 from sandbox.data.batch import collate
@@ -35,7 +36,18 @@ class Sampling:
     seed: int = 0
 
 
-@torch.inference_mode()
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Without gradients and in eval mode; the model's mode is restored, whatever happens."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
 def generate(
     model: "VisionLanguageModel", prompts: Sequence[Prompt], sampling: Sampling
 ) -> list[str]:
@@ -49,8 +61,13 @@ def generate(
     """
     if not prompts:
         return []
-    training = model.training
-    model.eval()
+    with inference(model):
+        return _generate(model, prompts, sampling)
+
+
+def _generate(
+    model: "VisionLanguageModel", prompts: Sequence[Prompt], sampling: Sampling
+) -> list[str]:
     backbone = model.backbone
     device = backbone.embed.weight.device
     examples = [model.prompts.encode(prompt, reply=True) for prompt in prompts]
@@ -84,7 +101,6 @@ def generate(
         if not rows or step == sampling.max_tokens - 1:
             break
         last = backbone(tokens[going, None], cache=cache).hidden[:, 0]
-    model.train(training)
     return [model.tokenizer.decode(reply).strip() for reply in replies]
 
 

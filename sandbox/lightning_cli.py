@@ -164,7 +164,7 @@ class SandboxCLI(LightningCLI):
         records = [
             record
             for split in datamodule.test_splits
-            for record in evaluate(network, datamodule.task, split, datamodule.limits[split])
+            for record in evaluate(network, datamodule.task, split, datamodule.size(split))
         ]
         write_predictions(out, with_replies(network, datamodule.task, records))
         print(f"predictions: {out}")

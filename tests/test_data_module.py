@@ -190,6 +190,13 @@ def test_questions_are_capped_anew_in_each_pass():
     )
 
 
+def test_limits_bound_endless_splits_alone():
+    """Guards against controls and predictions that pass over the rest of a finite split."""
+    data = make(Finite(), test_samples=3)
+    assert data.size("test") == POOL
+    assert make(charts(), test_samples=3).size("test") == 3
+
+
 def test_question_types_take_turns_under_a_cap():
     """Guards against a seldom asked type that the cap drowns."""
     data = make(charts(questions_per_image=8), questions_per_sample=2, batch_size=40)

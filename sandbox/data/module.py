@@ -111,7 +111,7 @@ class VQAData(lightning.LightningDataModule):
 
     def val_dataloader(self) -> "Sequence[_SizedBatches]":
         """The validation split; an empty list where the task has none."""
-        return [self._evaluation("val")] if self._size("val") else []
+        return [self._evaluation("val")] if self.size("val") else []
 
     @property
     def test_splits(self) -> tuple[Split, ...]:
@@ -120,9 +120,9 @@ class VQAData(lightning.LightningDataModule):
         Raises:
             UserError: the task has no test split.
         """
-        if not self._size("test"):
+        if not self.size("test"):
             raise UserError(f"{type(self.task).__name__} has no test split")
-        return ("test", "heldout") if self._size("heldout") else ("test",)
+        return ("test", "heldout") if self.size("heldout") else ("test",)
 
     def test_dataloader(self) -> "Sequence[_SizedBatches]":
         """The test split and, second, the held-out one where the task offers it."""
@@ -179,7 +179,7 @@ class VQAData(lightning.LightningDataModule):
         Raises:
             UserError: the split has fewer samples than there are processes.
         """
-        size = self._size(split)
+        size = self.size(split)
         rank, processes = self._place()
         if size < processes:
             raise UserError(f"{split} has {size} samples, too few for {processes} processes")
@@ -189,7 +189,8 @@ class VQAData(lightning.LightningDataModule):
         draws = [[_Draw(split, int(index), 0) for index in indices] for indices in mine]
         return _SizedBatches(lambda: self._loader(draws), len(draws))
 
-    def _size(self, split: Split) -> int:
+    def size(self, split: Split) -> int:
+        """How many samples of an evaluated split are used: all there are, or the limit."""
         size = self.task.size(split)
         return self.limits[split] if size is None else size
 

@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 from fusion.layout import PATCH, frame_mark, image_span
 from sandbox.data.batch import IGNORE, Example
 from sandbox.data.media import to_tile
-from sandbox.data.task import Question, Sample
+from sandbox.data.task import Sample
 from sandbox.errors import UserError
 from sandbox.tokenizer import Tokenizer
 
@@ -68,6 +68,13 @@ class Prompt:
     def ask(cls, question: str, images: Sequence[PILImage.Image] = ()) -> "Prompt":
         """A single user turn: the images, then the question."""
         return cls([Turn("user", [*map(Image, images), question])])
+
+
+def context(sample: Sample) -> list[Segment]:
+    """What a sample's questions stand behind: its images, or its frames with their times."""
+    if sample.times is None:
+        return [Image(image) for image in sample.images]
+    return [Video(sample.images, sample.times)]
 
 
 @dataclass
@@ -128,7 +135,13 @@ class PromptEncoder:
             said = [segment for segment in turn.content if isinstance(segment, str)]
             if len(said) < len(turn.content):
                 raise UserError("an assistant turn holds an image or a video, not just text")
-            self._answer(stream, "".join(said), answer=len(kinds), learn_header=loss == "text")
+            self._answer(
+                stream,
+                "".join(said),
+                of="an assistant turn",
+                answer=len(kinds),
+                learn_header=loss == "text",
+            )
             kinds.append("answer")
         if reply:
             self._header(stream, "assistant")
@@ -151,20 +164,15 @@ class PromptEncoder:
             raise UserError(f"sample {sample.content} has no question")
         stream = self._start()
         self._header(stream, "user")
-        if sample.times is None:
-            context: list[Segment] = [Image(image) for image in sample.images]
-        else:
-            context = [Video(sample.images, sample.times)]
-        self._content(stream, context, learn=False)
+        self._content(stream, context(sample), learn=False)
         trunk = stream.position
         for number, question in enumerate(sample.questions):
             stream.branch, stream.position = number + 1, trunk
-            if not question.answer.strip():
-                raise UserError(
-                    f"sample {sample.content}: the answer to {question.text!r} is empty; every "
-                    "question needs at least one answer token"
-                )
-            self._question(stream, question, number, learn=loss == "text")
+            learn = loss == "text"
+            self._content(stream, [question.text], learn=learn)
+            stream.write([self.tokenizer.eot], learn=learn)
+            of = f"sample {sample.content}: the answer to {question.text!r}"
+            self._answer(stream, question.answer, of=of, answer=number, learn_header=learn)
         return self._finish(stream, [q.kind for q in sample.questions])
 
     def _start(self) -> _Stream:
@@ -180,16 +188,11 @@ class PromptEncoder:
         self._content(stream, content, learn=learn)
         stream.write([self.tokenizer.eot], learn=learn)
 
-    def _question(self, stream: _Stream, question: Question, number: int, *, learn: bool) -> None:
-        self._content(stream, [question.text], learn=learn)
-        stream.write([self.tokenizer.eot], learn=learn)
-        self._answer(stream, question.answer, answer=number, learn_header=learn)
-
-    def _answer(self, stream: _Stream, text: str, *, answer: int, learn_header: bool) -> None:
+    def _answer(
+        self, stream: _Stream, text: str, *, of: str, answer: int, learn_header: bool
+    ) -> None:
         if not text.strip():
-            raise UserError(
-                "an assistant turn is empty: it needs at least one token to answer with"
-            )
+            raise UserError(f"{of} is empty: it needs at least one token")
         self._header(stream, "assistant", learn=learn_header)
         ids = [*self.tokenizer.encode(text), self.tokenizer.eot]
         stream.write(ids, learn=True, answer=answer)

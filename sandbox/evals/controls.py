@@ -165,7 +165,7 @@ class Controls(Callback):
         if data is None:
             raise UserError("Controls needs a data module: it asks its task")
         task: Task = data.task
-        results = Results.of(driven.model, task, self.samples or data.limits["test"])
+        results = Results.of(driven.model, task, self.samples or data.size("test"))
         size = task.size("train")
         learned = range(LEARNED if size is None else size)
         blind = Blind.of(

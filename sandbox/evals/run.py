@@ -2,8 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -12,10 +11,11 @@ from typing import Any, Literal
 import torch
 
 from sandbox.data.batch import Batch, collate
-from sandbox.data.prompt import Image, Prompt, Segment, Turn, Video
+from sandbox.data.prompt import Prompt, Turn, context
 from sandbox.data.task import Question, Sample, Split, Task
 from sandbox.errors import UserError
 from sandbox.evals.metrics import wilson_interval
+from sandbox.generate import inference
 from sandbox.model import VisionLanguageModel
 
 Images = Literal["own", "shuffled"]
@@ -100,7 +100,7 @@ def evaluate(
         raise UserError(f"the split '{split}' has no sample to evaluate on")
     shift = 0 if images == "own" else _shift(task, split, samples)
     records = []
-    with _inference(model):
+    with inference(model):
         for start in range(0, samples, batch_size):
             indices = range(start, min(start + batch_size, samples))
             shown = [(index + shift) % samples for index in indices]
@@ -147,7 +147,7 @@ def expert_load(
     Returns:
         By layer and modality: the share of visits that each expert gets; they sum to 1.
     """
-    with _inference(model):
+    with inference(model):
         batch = _batch(model, [task.sample(split, index) for index in range(samples)], name=split)
         patches = batch.patches.flatten()
         real = torch.ones_like(patches) if batch.real_tokens is None else batch.real_tokens
@@ -196,18 +196,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def _inference(model: VisionLanguageModel) -> Iterator[None]:
-    """Without gradients and in eval mode; the model's mode is restored."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(training)
-
-
 def _batch(model: VisionLanguageModel, samples: Iterable[Sample], *, name: str) -> Batch:
     examples = [model.prompts.encode_sample(sample) for sample in samples]
     return collate(examples, name=name).to(model.backbone.embed.weight.device)
@@ -233,9 +221,4 @@ def _shift(task: Task, split: Split, samples: int) -> int:
 
 def _prompt(task: Task, record: Record) -> Prompt:
     shown = task.sample(record.split, record.shown)
-    context: list[Segment] = (
-        list(map(Image, shown.images))
-        if shown.times is None
-        else [Video(shown.images, shown.times)]
-    )
-    return Prompt([Turn("user", [*context, record.question.text])])
+    return Prompt([Turn("user", [*context(shown), record.question.text])])

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from encoders.base import VisionEncoder
 from sandbox.backbone.config import BackboneConfig, preset
-from sandbox.checkpoint import PREFIX, load_weights, read_checkpoint
+from sandbox.checkpoint import check_weights, load_weights, model_tensors, read_checkpoint
 from sandbox.data.batch import Batch
 from sandbox.errors import UserError
 from sandbox.model import FusionBuilder, Output, VisionLanguageModel
@@ -81,9 +81,10 @@ class Pretrain(lightning.LightningModule):
         """One batch's loss, with the model's output (no gradient) for the callbacks."""
         output: Output = self.model(batch)
         with torch.no_grad():
-            for layer in output.routing:
-                load = layer.load(batch.real_tokens)
-                self._load[layer.layer] = self._load.get(layer.layer, 0) + load
+            if self.model.backbone.config.balance == "bias":
+                for layer in output.routing:
+                    load = layer.load(batch.real_tokens)
+                    self._load[layer.layer] = self._load.get(layer.layer, 0) + load
             answered = batch.answered(output.correct).float().mean()
         size = len(batch.tokens)
         self.log("train/loss", output.loss.detach(), prog_bar=True, batch_size=size)
@@ -137,10 +138,8 @@ class Pretrain(lightning.LightningModule):
         Raises:
             UserError: weights are missing, unexpected or misshapen.
         """
-        tensors = {
-            name.removeprefix(PREFIX): tensor for name, tensor in checkpoint["state_dict"].items()
-        }
-        load_weights(self.model, tensors, source=str(self.trainer.ckpt_path))
+        tensors = model_tensors(checkpoint["state_dict"])
+        check_weights(self.model, tensors, source=str(self.trainer.ckpt_path))
         self._rng_states = checkpoint.get(RNG, [])
 
     def on_train_start(self) -> None:
