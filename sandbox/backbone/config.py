@@ -27,7 +27,9 @@ class BackboneConfig:
     """A Llama 4 text decoder. Widths count features, layers are numbered from 0.
 
     Attributes:
-        vocab_size: rows of the embedding; the tokenizer's size.
+        vocab_size: tokens that the head predicts; the tokenizer's size.
+        input_only: further rows of the embedding, for tokens that are read but never predicted
+            (Llama 3.2 Vision's image token).
         width: D.
         layers: number of decoder layers.
         heads, kv_heads, head_dim: H, G and K of grouped-query attention.
@@ -59,6 +61,7 @@ class BackboneConfig:
     """
 
     vocab_size: int = 1024
+    input_only: int = 0
     width: int = 96
     layers: int = 4
     heads: int = 3
@@ -99,6 +102,11 @@ class BackboneConfig:
             )
         if self.experts and self.moe_every < 1:
             raise UserError(f"backbone: moe_every ({self.moe_every}) must be at least 1")
+        if self.tied and self.input_only:
+            raise UserError(
+                f"backbone: a tied head predicts every row of the embedding: input_only "
+                f"({self.input_only}) must be 0"
+            )
         if self.chunk is not None and self.chunk < 1:
             raise UserError(
                 f"backbone: chunk ({self.chunk}) must be at least 1, or null for global"

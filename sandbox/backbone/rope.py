@@ -13,7 +13,8 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None)
 
     Source: Meta's reference code, ``models/llama4/model.py``, ``apply_scaling``.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    # On the CPU even where a model is built on the meta device: no checkpoint holds these numbers.
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     frequency = 1.0 / theta**exponents
     if scaling is None:
         return frequency
