@@ -11,10 +11,11 @@ from torch import Tensor, nn
 class VisionEncoder(nn.Module, ABC):
     """Turns square tiles into a row-major grid of patch features.
 
-    Subclasses set the five attributes below in ``__init__`` and implement ``forward``. The
-    constructor's arguments, defaults included, are recorded in ``init_args``, so that a checkpoint
-    can rebuild the encoder from its class path even if a default changes; they must therefore be
-    plain values (numbers, strings, lists).
+    Subclasses set the five attributes below in ``__init__`` and implement ``forward``. One that
+    also gives features of the tile as a whole (a class token) says how many. The constructor's
+    arguments, defaults included, are recorded in ``init_args``, so that a checkpoint can rebuild
+    the encoder from its class path even if a default changes; they must therefore be plain values
+    (numbers, strings, lists).
     """
 
     width: int  # V, features per patch
@@ -22,6 +23,7 @@ class VisionEncoder(nn.Module, ABC):
     tile_size: int  # S, pixels a side of one tile (not the patch size)
     mean: tuple[float, float, float]  # of RGB in 0..1, its preprocessing
     std: tuple[float, float, float]
+    summary_tokens: int = 0  # features of the whole tile, which stand before those of its patches
     init_args: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "VisionEncoder":
@@ -34,7 +36,10 @@ class VisionEncoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, tiles: Tensor) -> Tensor:
-        """Encode normalised tiles ``[N, 3, S, S]`` to patch features ``[N, P, V]``, row-major."""
+        """Encode normalised tiles ``[N, 3, S, S]`` to features ``[N, summary_tokens + P, V]``.
+
+        Summaries come first, if there are any, then the patches, row-major.
+        """
 
     def normalize(self, tiles: Tensor) -> Tensor:
         """Map uint8 tiles ``[N, 3, S, S]`` to this encoder's floating-point input range.

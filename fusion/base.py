@@ -20,19 +20,44 @@ class ImageLayout(Protocol):
     def tile_rows(self) -> Tensor:
         """Int ``[N]``: the batch row that each tile belongs to."""
 
+    @property
+    def tile_starts(self) -> Tensor:
+        """Int ``[N]``: where in its row the tile's image begins; from there on it may be seen."""
+
+    @property
+    def documents(self) -> Tensor | None:
+        """Int ``[B, T]``: packing ids, negative on padding; None if every row is one document."""
+
+    @property
+    def branches(self) -> Tensor | None:
+        """Int ``[B, T]``: 0 on the trunk, k on what only branch k may see; None for one trunk."""
+
+
+class Context(Protocol):
+    """What adapters read beside the hidden states; it follows the rows through decoding."""
+
+    def decoding(self, last: Tensor) -> "Context":
+        """The context of the tokens behind the prompts: they see what the last of those sees.
+
+        ``last``, int64 ``[B]``, is the place of each row's last prompt token.
+        """
+
+    def select(self, rows: Tensor) -> "Context":
+        """The context of the given rows, int64 ``[B']``: rows that are done can leave."""
+
 
 @dataclass
 class Fused:
     """What the backbone reads: embeddings ``[B, T, D]``, and modules to call before chosen layers.
 
     ``adapters`` maps a layer index to a module called as ``module(hidden, context)`` right before
-    that layer; ``context`` is whatever the adapters need (vision states, masks). Early fusion
+    that layer; ``context`` is what the adapters need (vision keys and values, masks). Early fusion
     leaves both empty.
     """
 
     embeds: Tensor
     adapters: Mapping[int, nn.Module] = field(default_factory=dict)
-    context: Any = None
+    context: Context | None = None
 
 
 class Fusion(nn.Module, ABC):

@@ -60,20 +60,22 @@ class EarlyFusion(Fusion):
                 f"projector={projector!r} with hidden={hidden}: choose mlp, or linear and no hidden"
             )
         self.tokens_per_tile = self.projector.tokens_per_tile
+        self.patches = encoder_grid**2
 
     def forward(self, embeds: Tensor, features: Tensor, layout: ImageLayout) -> Fused:
         """Fuse text embeddings ``[B, T, D]`` with patch features ``[N, P, V]``.
 
-        Tiles are taken in order, each row's placeholders from left to right. A batch without
-        tiles gives its embeddings back, bit for bit. On a GPU this is where the host waits for
-        the device, since the placeholders have to be counted.
+        Tiles are taken in order, each row's placeholders from left to right. Summary tokens, which
+        some encoders put before the patches, have no place in the grid and are dropped. A batch
+        without tiles gives its embeddings back, bit for bit. On a GPU this is where the host waits
+        for the device, since the placeholders have to be counted.
 
         Raises:
             ValueError: a row holds more or fewer placeholders than its tiles have tokens; silence
                 would put every later image onto the wrong tokens.
         """
         T = embeds.shape[1]
-        tokens = self.projector(features).flatten(0, 1)
+        tokens = self.projector(features[:, -self.patches :]).flatten(0, 1)
         places = layout.patches.flatten().nonzero().squeeze(1)
         rows = layout.tile_rows.repeat_interleave(self.tokens_per_tile)
         if len(tokens) != len(rows) or not torch.equal(places // T, rows):

@@ -1,8 +1,10 @@
 """Examples to batches: padding, packing, numbering of answers."""
 
+import pytest
 import torch
 from PIL import Image as PILImage
 
+from fusion.layout import IMAGE, IMAGE_START
 from sandbox.data.batch import IGNORE, PADDING, collate, pack
 from sandbox.data.prompt import Prompt, PromptEncoder
 from sandbox.data.task import Question, Sample
@@ -94,6 +96,18 @@ def test_packing_keeps_tiles_in_the_order_of_their_placeholders() -> None:
     assert brightest == [0, 1, 2, 1]
     patches_by_row = batch.patches.sum(dim=1)
     assert patches_by_row.tolist() == torch.bincount(batch.tile_rows).tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(("tokens_per_tile", "first"), [(0, IMAGE), (2, IMAGE_START)])
+def test_tile_starts_name_the_first_token_of_each_image(tokens_per_tile: int, first: str) -> None:
+    """Guards against images that text before them can see, or that their own text cannot."""
+    one = encoder(tokens_per_tile).encode(Prompt.ask("What?", [RED, GREEN]))
+    two = encoder(tokens_per_tile).encode_sample(sample("7", "9"))
+    text = encoder(tokens_per_tile).encode(Prompt.ask("What?"))
+    batch = pack([[one, text, two], [two], [text]])
+    found = (batch.tokens == TOKENIZER.special(first)).nonzero()
+    assert torch.stack((batch.tile_rows, batch.tile_starts), dim=1).tolist() == found.tolist()
+    assert len(found) == len(batch.tiles) == 4
 
 
 def test_packing_one_full_row_keeps_documents() -> None:

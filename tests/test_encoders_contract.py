@@ -16,7 +16,26 @@ from encoders.patches import Patches
 
 # Arguments for classes whose defaults are too large for a test; others are built with none.
 TOY: dict[str, dict[str, object]] = {
+    "Llama4Vision": {
+        "tile_size": 32,
+        "patch_size": 8,
+        "width": 24,
+        "layers": 2,
+        "heads": 3,
+        "hidden": 40,
+    },
     "MetaCLIP": {"tile_size": 32, "patch_size": 8, "width": 24, "layers": 2, "heads": 3},
+    "MllamaVision": {
+        "tile_size": 32,
+        "patch_size": 8,
+        "hidden": 24,
+        "layers": 2,
+        "global_layers": 1,
+        "heads": 3,
+        "ffn_hidden": 40,
+        "intermediate_layers": [0],
+        "max_tiles": 2,
+    },
 }
 
 
@@ -36,8 +55,13 @@ def found(kind: type) -> list[type]:
 
 
 def build(cls: type[VisionEncoder]) -> VisionEncoder:
+    """An encoder without zeros: gates that start closed would hide what is behind them."""
     torch.manual_seed(0)
-    return cls(**TOY.get(cls.__name__, {}))
+    built = cls(**TOY.get(cls.__name__, {}))
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return built
 
 
 def tiles(encoder: VisionEncoder, count: int) -> Tensor:
@@ -51,17 +75,18 @@ every_encoder = pytest.mark.parametrize("cls", found(VisionEncoder), ids=lambda 
 
 def test_the_search_finds_encoders() -> None:
     """Guards against a search that silently finds nothing, and so tests nothing."""
-    assert {"Patches", "MetaCLIP"} <= {cls.__name__ for cls in found(VisionEncoder)}
+    names = {cls.__name__ for cls in found(VisionEncoder)}
+    assert {"Llama4Vision", "MetaCLIP", "MllamaVision", "Patches"} <= names
 
 
 @every_encoder
 def test_shapes_and_dtype(cls: type[VisionEncoder]) -> None:
-    """Guards against features that are not [N, grid * grid, width], or leave the model's dtype."""
+    """Guards against features that are not [N, summaries + grid * grid, width] in its dtype."""
     encoder = build(cls)
     for dtype in (torch.float32, torch.bfloat16):
         encoder.to(dtype)
         features = encoder(encoder.normalize(tiles(encoder, 3)))
-        assert features.shape == (3, encoder.grid**2, encoder.width)
+        assert features.shape == (3, encoder.summary_tokens + encoder.grid**2, encoder.width)
         assert features.dtype == dtype
         assert features.isfinite().all()
 
@@ -97,7 +122,7 @@ def test_features_are_row_major(cls: type[VisionEncoder]) -> None:
         y, x = (side * i for i in divmod(place, encoder.grid))
         painted[place, :, y : y + side, x : x + side] *= -1
     with torch.no_grad():
-        change = (encoder(painted) - encoder(clean)).norm(dim=2)
+        change = (encoder(painted) - encoder(clean))[:, encoder.summary_tokens :].norm(dim=2)
     assert change.argmax(dim=1).tolist() == list(range(count))
 
 

@@ -55,6 +55,8 @@ def batch(tokens_per_tile: int, images: list[int]) -> Batch:
     ]
     T = max(map(len, prompts))
     prompts = [[*prompt, *["word"] * (T - len(prompt))] for prompt in prompts]
+    span = len(image_span(tokens_per_tile))
+    starts = [1 + span * image for count in images for image in range(count)]
     tokens = torch.tensor([[int(name == IMAGE) for name in prompt] for prompt in prompts])
     return Batch(
         tokens=tokens,
@@ -64,6 +66,7 @@ def batch(tokens_per_tile: int, images: list[int]) -> Batch:
         patches=torch.tensor([[name == PATCH for name in prompt] for prompt in prompts]),
         tiles=torch.zeros(sum(images), 3, 8, 8, dtype=torch.uint8),
         tile_rows=torch.arange(len(images)).repeat_interleave(torch.tensor(images)),
+        tile_starts=torch.tensor(starts, dtype=torch.int64),
     )
 
 
@@ -88,7 +91,7 @@ every_fusion = pytest.mark.parametrize("cls", found(), ids=lambda cls: cls.__nam
 
 def test_the_search_finds_fusions() -> None:
     """Guards against a search that silently finds nothing, and so tests nothing."""
-    assert EarlyFusion in found()
+    assert {"EarlyFusion", "CrossAttention"} <= {cls.__name__ for cls in found()}
 
 
 @every_fusion
@@ -246,6 +249,16 @@ def test_tokens_per_tile(projector: str, shuffle: int, tokens: int) -> None:
     fused = built(embeds, features, layout).embeds
     assert torch.equal(fused[~layout.patches], embeds[~layout.patches])
     assert torch.equal(fused[layout.patches], built.projector(features).flatten(0, 1))
+
+
+def test_summary_tokens_are_dropped() -> None:
+    """Guards against a class token that takes the place of the first patch, and shifts the rest."""
+    built = build(EarlyFusion)
+    layout = batch(built.tokens_per_tile, [1, 2])
+    embeds, features = inputs(layout)
+    expected = built(embeds, features, layout).embeds
+    summarised = torch.cat((torch.randn(3, 1, V), features), dim=1)
+    assert torch.equal(built(embeds, summarised, layout).embeds, expected)
 
 
 def test_gradients_of_replaced_embeddings_are_zero() -> None:

@@ -27,6 +27,8 @@ class Example:
         patches: True where the token is the placeholder of an image feature.
         kinds: the question type of each answer.
         tiles: uint8 ``[n, 3, S, S]``, in the order of their placeholders.
+        tile_starts: int64 ``[n]``, the place of the first token of each tile's image span: the
+            ``<|image|>`` token itself, where a fusion takes no placeholders.
     """
 
     tokens: np.ndarray
@@ -37,6 +39,7 @@ class Example:
     patches: np.ndarray
     kinds: tuple[str, ...]
     tiles: np.ndarray
+    tile_starts: np.ndarray
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -55,6 +58,7 @@ class Batch:
         branches: int64 ``[B, T]``, see ``Example``; None when every row is a plain sequence.
         tiles: uint8 ``[N, 3, S, S]``, of all rows, in the order of their placeholders.
         tile_rows: int64 ``[N]``, the row that each tile belongs to.
+        tile_starts: int64 ``[N]``, where in its row the image of each tile begins.
         kinds: the question type of each answer of the batch.
         name: where the batch comes from (split and sample numbers), for error messages.
     """
@@ -66,10 +70,32 @@ class Batch:
     patches: Tensor
     tiles: Tensor
     tile_rows: Tensor
+    tile_starts: Tensor
     documents: Tensor | None = None
     branches: Tensor | None = None
     kinds: tuple[str, ...] = ()
     name: str = ""
+
+    @classmethod
+    def of(cls, tokens: Tensor, **parts: Any) -> "Batch":
+        """Rows of bare tokens, int64 ``[B, T]``, without labels; ``parts`` are other fields.
+
+        Tiles belong to the first row and are seen from its start, unless ``parts`` say otherwise.
+
+        >>> Batch.of(tokens, patches=tokens == 9, tiles=tiles, tile_rows=rows)  # doctest: +SKIP
+        """
+        B, T = tokens.shape
+        parts.setdefault("tiles", tokens.new_zeros((0, 3, 0, 0), dtype=torch.uint8))
+        first = tokens.new_zeros(len(parts["tiles"]))
+        defaults = {
+            "labels": torch.full_like(tokens, IGNORE),
+            "positions": torch.arange(T, device=tokens.device).expand(B, T),
+            "answers": torch.full_like(tokens, -1),
+            "patches": torch.zeros_like(tokens, dtype=torch.bool),
+            "tile_rows": first,
+            "tile_starts": first,
+        }
+        return cls(tokens, **(defaults | parts))
 
     @property
     def real_tokens(self) -> Tensor | None:
@@ -118,7 +144,7 @@ def pack(rows: Sequence[Sequence[Example]], *, name: str = "") -> Batch:
     columns = {key: np.full((B, T), fill, dtype=np.int64) for key, fill in empty.items()}
     patches = np.zeros((B, T), dtype=bool)
     documents = np.full((B, T), PADDING, dtype=np.int64)
-    tiles, tile_rows, kinds = [], [], list[str]()
+    tiles, tile_rows, tile_starts, kinds = [], [], [], list[str]()
     for b, row in enumerate(rows):
         start = 0
         for d, example in enumerate(row):
@@ -130,6 +156,7 @@ def pack(rows: Sequence[Sequence[Example]], *, name: str = "") -> Batch:
             documents[b, span] = d
             tiles.append(example.tiles)
             tile_rows += [b] * len(example.tiles)
+            tile_starts.append(start + example.tile_starts)
             kinds += example.kinds
             start += len(example)
     as_tensor = torch.from_numpy
@@ -139,6 +166,7 @@ def pack(rows: Sequence[Sequence[Example]], *, name: str = "") -> Batch:
         patches=as_tensor(patches),
         tiles=as_tensor(np.concatenate(tiles)),
         tile_rows=torch.tensor(tile_rows, dtype=torch.int64),
+        tile_starts=as_tensor(np.concatenate(tile_starts)),
         documents=as_tensor(documents) if documents.any() else None,
         branches=as_tensor(branches) if branches.any() else None,
         kinds=tuple(kinds),

@@ -87,6 +87,7 @@ class _Stream:
     answers: list[int] = field(default_factory=list)  # the answer this token spells, or -1
     learn: list[bool] = field(default_factory=list)  # is this token a target?
     tiles: list[np.ndarray] = field(default_factory=list)
+    tile_starts: list[int] = field(default_factory=list)  # where the span of each tile begins
     position: int = 0
     branch: int = 0
 
@@ -211,6 +212,7 @@ class PromptEncoder:
 
     def _image(self, stream: _Stream, image: PILImage.Image) -> None:
         stream.tiles.append(to_tile(image, self.tile_size))
+        stream.tile_starts.append(len(stream.tokens))
         stream.write([self.tokenizer.special(name) for name in image_span(self.tokens_per_tile)])
 
     def _finish(self, stream: _Stream, kinds: Sequence[str]) -> Example:
@@ -234,4 +236,5 @@ class PromptEncoder:
             patches=tokens == self.tokenizer.special(PATCH),
             kinds=tuple(kinds),
             tiles=np.stack(stream.tiles) if stream.tiles else no_tiles,
+            tile_starts=np.array(stream.tile_starts, dtype=np.int64),
         )
