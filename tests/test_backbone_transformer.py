@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sandbox.backbone.config import PRESETS, BackboneConfig, RopeScaling, preset
+from sandbox.backbone.config import BackboneConfig, RopeScaling, preset
 from sandbox.backbone.rope import frequencies, rotate, rotation
 from sandbox.backbone.transformer import Backbone
 from sandbox.errors import UserError
@@ -38,11 +38,11 @@ def test_impossible_configurations_are_refused(changes):
         BackboneConfig(**changes)
 
 
-@pytest.mark.parametrize("name", [n for n in PRESETS if n not in TOTAL])
+@pytest.mark.parametrize("name", ["tiny", "1m"])
 def test_every_parameter_gets_a_gradient(name):
     """Guards against parameters that never learn."""
     torch.manual_seed(0)
-    model = Backbone(PRESETS[name])
+    model = Backbone(preset(name))
     tokens = torch.randint(0, model.config.vocab_size, (2, 64))
     model.unembed(model(tokens).hidden).square().mean().backward()
     for parameter_name, parameter in model.named_parameters():

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sandbox.backbone import rope
+from sandbox.backbone.causal import causal_attention
 from sandbox.backbone.config import BackboneConfig
+from sandbox.backbone.layers import Linear, rms_norm
 
 if TYPE_CHECKING:
     from sandbox.backbone.cache import KVCache
@@ -59,12 +61,21 @@ def attend(
     Under ``mask``, bool ``[B, Tq, Tk]``; without one, causal or over all keys. Returns
     ``[B, Tq, H, K]``.
     """
+    if causal and mask is None:
+        return causal_attention(q, k, v)
+    if q.shape[1] == 1:
+        # The heads that share keys become queries of one head: each key is then read once.
+        groups = q.reshape(len(q), k.shape[2], -1, q.shape[-1])
+        mask = None if mask is None else mask.unsqueeze(1)
+        mixed = F.scaled_dot_product_attention(
+            groups, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
+        )
+        return mixed.reshape(q.shape)
     return F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=None if mask is None else mask.unsqueeze(1),
-        is_causal=causal and mask is None,
         enable_gqa=q.shape[2] != k.shape[2],
     ).transpose(1, 2)
 
@@ -74,7 +85,7 @@ class Visibility:
 
     Attributes:
         positions: int64 ``[B, T]``, true positions.
-        turn: rotary cosines and sines of them.
+        turn: rotary turns of them, complex ``[B, T, 1, K / 2]``.
         temperature: fp32 ``[B, T, 1, 1]`` factor of NoPE queries, or None when it is off.
     """
 
@@ -166,10 +177,11 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.qk_norm = config.qk_norm
         self.norm_eps = config.norm_eps
-        self.query = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
-        self.key = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
-        self.value = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
-        self.output = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
+        self.heads = config.heads
+        self.query = Linear(config.width, config.heads * config.head_dim)
+        self.key = Linear(config.width, config.kv_heads * config.head_dim)
+        self.value = Linear(config.width, config.kv_heads * config.head_dim)
+        self.output = Linear(config.heads * config.head_dim, config.width)
 
     def forward(self, x: Tensor, visibility: Visibility, cache: "KVCache | None" = None) -> Tensor:
         """Attend within ``x [B, T, D]`` and, with a cache, over what it holds."""
@@ -178,16 +190,14 @@ class Attention(nn.Module):
             for project in (self.query, self.key, self.value)
         )
         if self.rope:
-            q, k = rope.rotate(q, visibility.turn), rope.rotate(k, visibility.turn)
+            both = rope.rotate(torch.cat((q, k), dim=2), visibility.turn)
             if self.qk_norm:
-                q, k = self._normed(q), self._normed(k)
+                both = rms_norm(both.float(), None, self.norm_eps).type_as(q)
+            q, k = both[:, :, : self.heads], both[:, :, self.heads :]
         elif visibility.temperature is not None:
-            q = q * visibility.temperature.to(q.dtype)
+            q = (q * visibility.temperature).type_as(q)  # the factor itself is not rounded
         if cache is None:
             mixed = visibility.attend(q, k, v, local=self.rope)
         else:
             mixed = cache.attend(self.layer, q, k, v, visibility)
         return self.output(mixed.flatten(-2))
-
-    def _normed(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (self.head_dim,), eps=self.norm_eps).type_as(x)

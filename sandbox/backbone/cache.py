@@ -92,7 +92,7 @@ class KVCache:
         keys[rows, slot], values[rows, slot] = k[:, 0], v[:, 0]
         seen = min(seen + 1, keys.shape[1])
         mask = torch.arange(seen, device=slot.device) <= slot[:, None, None]
-        return attend(q, keys[:, :seen], values[:, :seen], mask)
+        return attend(q, keys[:, :seen], values[:, :seen], mask, causal=False)
 
     def _extend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, view: Visibility) -> Tensor:
         """Several tokens behind others: attend over what is held and over themselves."""

@@ -1,62 +1,86 @@
 """Cross-entropy over a large vocabulary, a chunk of tokens at a time."""
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LONGEST_CHUNK = 1024  # tokens; more would not make the matrix products faster
+CPU_LOGITS, GPU_LOGITS = 1 << 23, 1 << 27  # numbers a chunk of logits may hold: 32 MB, 512 MB
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Computes gradients along with the loss, so that no logits outlive their chunk."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Any:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         total = hidden.new_zeros((), dtype=torch.float32)
         correct = torch.zeros_like(labels, dtype=torch.bool)
-        count = max(len(labels), 1)
+        head = weight.to(hidden.dtype)
         for start in range(0, len(labels), chunk):
             span = slice(start, start + chunk)
             x, y = hidden[span], labels[span]
-            logits = F.linear(x, weight).float()
-            correct[span] = logits.argmax(dim=-1) == y
-            log_partition = logits.logsumexp(dim=-1, keepdim=True)
-            total += (log_partition.squeeze(-1) - logits.gather(-1, y[:, None]).squeeze(-1)).sum()
+            logits = (x @ head.T).float()
+            error = logits.softmax(dim=-1)
+            # One pass gives the likeliest token and, through it, the log-partition: a probability
+            # of at least 1 / V has a well-behaved logarithm, that of the label may not.
+            likeliest = error.max(dim=-1)
+            correct[span] = likeliest.indices == y
+            chosen = logits.gather(-1, torch.stack((likeliest.indices, y), dim=-1))
+            total += (chosen[:, 0] - chosen[:, 1] - likeliest.values.log()).sum()
+            del logits
             if need_hidden or need_weight:
-                error = logits.sub_(log_partition).exp_()
                 error[torch.arange(len(y), device=y.device), y] -= 1
-                error = error.div_(count).to(hidden.dtype)
+                error = error.to(hidden.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[span] = error @ weight
-                if grad_weight is not None:
+                    grad_hidden[span] = error @ head
+                if grad_weight is not None and grad_weight.dtype == error.dtype == x.dtype:
+                    grad_weight.addmm_(error.T, x)
+                elif grad_weight is not None:  # summed in fp32 over the chunks
                     grad_weight += error.T @ x
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        count = max(len(labels), 1)
+        grads = [None if grad is None else grad.div_(count) for grad in (grad_hidden, grad_weight)]
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(correct)
         return total / count, correct
 
     @staticmethod
-    def backward(ctx, gradient: Tensor, _):  # type: ignore[no-untyped-def]
-        grad_hidden, grad_weight = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Any:
+        grads = ctx.saved_tensors
+        # The head's gradient may be the largest tensor of a step: spare its copy where the loss is
+        # what is minimised. (On a GPU the question itself would cost more: the host would wait.)
+        if gradient.device.type != "cpu" or gradient != 1:
+            grads = [None if grad is None else grad * gradient for grad in grads]
         return (
-            None if grad_hidden is None else grad_hidden * gradient.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * gradient).to(ctx.weight_dtype),
+            *(
+                None if grad is None else grad.to(dtype)
+                for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+            ),
             None,
             None,
         )
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 1024
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of ``hidden [M, D] @ weight.T [D, V]`` against ``labels [M]``.
 
     Logits are made for ``chunk`` tokens at a time and turned into gradients at once, so memory
-    grows with ``chunk * V``, not ``M * V``.
+    grows with ``chunk * V``, not ``M * V``. Without a ``chunk``, as many tokens as keep the logits
+    in tens of megabytes (on a GPU, hundreds).
 
     Returns:
         The mean loss in fp32 (0 when there are no labels), and bool ``[M]``, whether the likeliest
         token was the label.
     """
+    if chunk is None:
+        room = CPU_LOGITS if hidden.device.type == "cpu" else GPU_LOGITS
+        chunk = min(max(room // len(weight), 1), LONGEST_CHUNK)
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sandbox.backbone.config import BackboneConfig
+from sandbox.backbone.layers import Linear
 
 
 class FeedForward(nn.Module):
@@ -14,8 +15,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.gate_up = Linear(width, 2 * hidden)
+        self.down = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., D]`` to ``[..., D]``."""
@@ -101,7 +102,7 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         self.layer = layer
-        self.router = nn.Linear(config.width, config.experts, bias=False)
+        self.router = Linear(config.width, config.experts)
         self.experts = Experts(config.experts, config.width, config.expert_hidden)
         self.shared = (
             FeedForward(config.width, config.expert_hidden) if config.shared_expert else None
@@ -143,13 +144,16 @@ class MoE(nn.Module):
         inverse[order] = torch.arange(M * k, device=x.device)
         every = torch.arange(self.config.experts, device=x.device)
         ends = torch.searchsorted(ids, every, right=True).to(torch.int32)
-        visits = x if k == 1 else x.unsqueeze(1).expand(M, k, D)
-        scale = gate.unsqueeze(-1)
+        visits = x if k == 1 else x.repeat_interleave(k, dim=0)
+        scale = gate.reshape(M * k, 1)
         on_input = self.config.router_placement == "input"
-        visits = (visits.view(M, -1, D) * scale if on_input else visits).reshape(M * k, D)
+        if on_input:
+            visits = visits * scale
         out = self.experts(_Permute.apply(visits, order, inverse), ends)
-        out = _Permute.apply(out, inverse, order).view(M, k, D)
-        return (out if on_input else out * scale).sum(dim=1)
+        out = _Permute.apply(out, inverse, order)
+        if not on_input:
+            out = out * scale
+        return out if k == 1 else out.view(M, k, D).sum(dim=1)
 
     def _direct(self, x: Tensor, chosen: Tensor, gate: Tensor) -> Tensor:
         """One token at inference: index its experts, nothing to sort."""

@@ -31,14 +31,12 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None)
 
 
 def rotation(positions: Tensor, frequency: Tensor) -> Tensor:
-    """Cosines and sines of every position: fp32 ``[2, B, T, 1, K / 2]`` of positions ``[B, T]``."""
+    """The turn of every position as a complex number: ``[B, T, 1, K / 2]`` of ``[B, T]``."""
     angle = positions[..., None, None].float() * frequency
-    return torch.stack((angle.cos(), angle.sin()))
+    return torch.complex(angle.cos(), angle.sin())
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """Rotate adjacent pairs (2i, 2i + 1) of ``x [B, T, heads, K]`` in fp32, by ``rotation``."""
-    cos, sin = turn
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).type_as(x)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).type_as(x)

@@ -11,6 +11,7 @@ from sandbox.backbone import rope
 from sandbox.backbone.attention import Attention, Visibility
 from sandbox.backbone.cache import KVCache
 from sandbox.backbone.config import BackboneConfig
+from sandbox.backbone.layers import Linear, RMSNorm
 from sandbox.backbone.moe import FeedForward, MoE, Routing
 
 
@@ -19,9 +20,9 @@ class Block(nn.Module):
 
     def __init__(self, config: BackboneConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.attention = Attention(config, layer)
-        self.ffn_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.ffn_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.ffn: FeedForward | MoE = (
             MoE(config, layer)
             if config.is_moe(layer)
@@ -55,19 +56,20 @@ class Decoded:
 class Backbone(nn.Module):
     """Llama 4's text decoder in its trainable form. Text alone, or embeddings from a fusion."""
 
-    frequency: Tensor
+    frequency_bits: Tensor
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size + config.input_only, config.width)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.head = Linear(config.width, config.vocab_size)
         if config.tied:
             self.head.weight = self.embed.weight
         frequency = rope.frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        self.register_buffer("frequency", frequency, persistent=False)
+        # As bits, or `backbone.bfloat16()` would round them: by position 1000 a whole radian off.
+        self.register_buffer("frequency_bits", frequency.view(torch.int32), persistent=False)
         self.initialize()
 
     @torch.no_grad()
@@ -147,6 +149,11 @@ class Backbone(nn.Module):
         if cache is not None:
             cache.advance(T, visibility)
         return Decoded(self.norm(x), tuple(routing))
+
+    @property
+    def frequency(self) -> Tensor:
+        """Rotary frequencies, fp32 ``[K / 2]``, whatever the dtype of the weights."""
+        return self.frequency_bits.view(torch.float32)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., V]`` of hidden states ``[..., D]``."""
