@@ -135,9 +135,45 @@ _LLAMA4 = BackboneConfig(
     balance_rate=0.001,
 )
 
+
+def _rung(
+    layers: int, width: int, heads: int, kv_heads: int, head_dim: int, expert_hidden: int
+) -> BackboneConfig:
+    """A size that one machine can train, in Llama 4's proportions.
+
+    Kept: 16 experts top-1 beside a shared one in every layer, experts 1.6 times as wide as the
+    model, about 5 query heads for each KV head, 3 local layers for each global one. Each rung adds
+    such a group of four layers, and the width grows from about 30 times the number of layers to
+    80 (Scout: 107).
+
+    Unlike Llama 4, a chunk is 1024 tokens, so that contexts of a few thousand already cross its
+    edge; and the vocabulary is the shipped one of 1024 tokens, on every rung: their losses compare,
+    and parameters are spent on layers (of 400m, Llama 4's vocabulary would be over half).
+    """
+    return BackboneConfig(
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dense_hidden=2 * expert_hidden,
+        expert_hidden=expert_hidden,
+        experts=16,
+        chunk=1024,
+        temperature_floor=1024,
+    )
+
+
 PRESETS: dict[str, BackboneConfig] = {
     # The backbone of the quickstart: trains in minutes on two CPU cores.
     "tiny": BackboneConfig(),
+    # A ladder of sizes to train, named by the parameters that a token visits.
+    "1m": _rung(4, 128, 4, 1, 32, 208),
+    "5m": _rung(8, 208, 5, 1, 48, 336),
+    "25m": _rung(12, 400, 5, 1, 80, 640),
+    "100m": _rung(16, 720, 15, 3, 48, 1152),
+    "400m": _rung(20, 1280, 10, 2, 128, 2048),
+    "1b": _rung(24, 1920, 15, 3, 128, 3072),
     # Llama 4 Scout (17B-16E): every layer a mixture, context stretched sixteen-fold.
     "scout": replace(
         _LLAMA4,
@@ -147,11 +183,34 @@ PRESETS: dict[str, BackboneConfig] = {
     ),
     # Llama 4 Maverick (17B-128E): every other layer a mixture, no qk-norm.
     "maverick": replace(_LLAMA4, experts=128, moe_every=2, qk_norm=False),
+    # An ESTIMATE of Llama 4 Behemoth: NOTES says what is known and what is guessed.
+    "behemoth": replace(
+        _LLAMA4,
+        width=15_360,
+        layers=100,
+        heads=120,
+        kv_heads=24,
+        dense_hidden=49_152,
+        expert_hidden=24_576,
+        experts=16,
+        moe_every=1,
+    ),
+}
+
+# What must be said wherever a preset's numbers are shown.
+NOTES = {
+    "behemoth": (
+        "an estimate: Meta announced 288B active parameters, 16 experts and nearly 2T parameters "
+        "in all (The Llama 4 herd, April 2025), and nothing else. Guessed are Scout's proportions "
+        "at three times its width, in heads and experts too, and its vocabulary, chunks and "
+        "qk-norm; 100 layers then meet both numbers. Rotary frequencies are unscaled, as "
+        "Maverick's"
+    ),
 }
 
 
-def preset(name: str) -> BackboneConfig:
-    """The preset called ``name``.
+def preset(name: str, vocab_size: int | None = None) -> BackboneConfig:
+    """The preset called ``name``, for another vocabulary where ``vocab_size`` is given.
 
     Raises:
         UserError: there is none; the message names the nearest.
@@ -160,4 +219,5 @@ def preset(name: str) -> BackboneConfig:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise UserError(f"unknown preset '{name}'{hint} (presets: {', '.join(PRESETS)})")
-    return PRESETS[name]
+    found = PRESETS[name]
+    return found if vocab_size is None else replace(found, vocab_size=vocab_size)
