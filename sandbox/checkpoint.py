@@ -2,7 +2,7 @@
 
 Two containers carry the same description: a ``.safetensors`` file (weights alone, to keep and
 share) and Lightning's ``.ckpt`` (with optimizer and progress, to resume). Neither is ever unpickled
-into classes.
+into classes. Checkpoints of transformers are imported and exported tensor by tensor.
 """
 
 import json
@@ -13,7 +13,7 @@ from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +24,13 @@ from encoders.base import VisionEncoder
 from fusion.base import Fusion
 from sandbox.backbone.config import BackboneConfig, RopeScaling
 from sandbox.errors import UserError
+from sandbox.huggingface import files
+from sandbox.huggingface.configure import configure
+from sandbox.huggingface.describe import describe
+from sandbox.huggingface.names import has_head, layout_of, plan, to_ours, to_theirs
+from sandbox.meta import without_memory
 from sandbox.model import VisionLanguageModel
+from sandbox.runs import WEIGHTS
 from sandbox.tokenizer import Tokenizer
 
 KEY = "early_fusion_sandbox"  # where the description stands in either container
@@ -55,18 +61,22 @@ def _commit() -> str:
 
 def build_model(description: Mapping[str, Any]) -> VisionLanguageModel:
     """An untrained model of the described architecture (see ``VisionLanguageModel.describe``)."""
-    encoder = _component(description["encoder"], VisionEncoder)
-    fusion = _component(description["fusion"], Fusion)
     backbone = dict(description["backbone"])
     if backbone["rope_scaling"] is not None:
         backbone["rope_scaling"] = RopeScaling(**backbone["rope_scaling"])
+    config = BackboneConfig(**backbone)
+    tokenizer = _tokenizer(description)
+    if description["encoder"] is None:
+        return VisionLanguageModel(None, None, config, tokenizer)
+    encoder = _component(description["encoder"], VisionEncoder)
+    fusion = _component(description["fusion"], Fusion)
     # A fusion's description holds all its arguments, the three widths among them.
-    return VisionLanguageModel(
-        encoder(),
-        lambda *_: fusion(),
-        BackboneConfig(**backbone),
-        Tokenizer.from_json(description["tokenizer"]),
-    )
+    return VisionLanguageModel(encoder(), lambda *_: fusion(), config, tokenizer)
+
+
+def _tokenizer(description: Mapping[str, Any]) -> Tokenizer | None:
+    text = description["tokenizer"]
+    return None if text is None else Tokenizer.from_json(text)
 
 
 def _component(part: Mapping[str, Any], contract: type) -> Any:
@@ -148,8 +158,34 @@ def load_model(path: str | Path) -> VisionLanguageModel:
         UserError: see ``read_checkpoint`` and ``check_weights``.
     """
     description, tensors = read_checkpoint(path)
-    model = build_model(description["model"])
-    load_weights(model, tensors, source=str(path))
+    if Path(path).suffix == ".safetensors":  # views of the file, which the model should not need
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    model = _skeleton(description["model"])
+    check_weights(model, tensors, source=str(path))
+    return _adopt(model, tensors)
+
+
+def _skeleton(description: Mapping[str, Any]) -> VisionLanguageModel:
+    """The described model, to be given its weights.
+
+    It is built without memory, unless a part computes with its tensors at once, or draws up a table
+    that no checkpoint holds and that would be lost.
+    """
+    try:
+        with without_memory():
+            model = build_model(description)
+    except RuntimeError:
+        return build_model(description)
+    held = model.state_dict()
+    tables = (buffer for name, buffer in model.named_buffers() if name not in held)
+    return build_model(description) if any(table.is_meta for table in tables) else model
+
+
+def _adopt(model: VisionLanguageModel, tensors: Mapping[str, Tensor]) -> VisionLanguageModel:
+    """The model with these very tensors as its weights, in eval mode."""
+    model.load_state_dict(_with_head(model, tensors), assign=True)
+    if model.backbone.config.tied:  # two parameters over one tensor would part when they train
+        model.backbone.head.weight = model.backbone.embed.weight
     return model.eval()
 
 
@@ -159,11 +195,16 @@ def load_weights(model: VisionLanguageModel, tensors: Mapping[str, Tensor], *, s
     Raises:
         UserError: see ``check_weights``.
     """
+    check_weights(model, tensors, source=source)
+    model.load_state_dict(_with_head(model, tensors))
+
+
+def _with_head(model: VisionLanguageModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors and, where a checkpoint leaves it to the embedding, the head."""
     tensors = dict(tensors)
     if model.backbone.config.tied and "backbone.embed.weight" in tensors:
         tensors.setdefault("backbone.head.weight", tensors["backbone.embed.weight"])
-    check_weights(model, tensors, source=source)
-    model.load_state_dict(tensors)
+    return tensors
 
 
 def check_weights(
@@ -174,7 +215,12 @@ def check_weights(
     Raises:
         UserError: tensors are missing, unexpected or misshapen; the message names them.
     """
-    own = model.state_dict()
+    if found := _differences(model.state_dict(), _with_head(model, tensors)):
+        raise UserError(f"checkpoint {source} is of another configuration: {found}")
+
+
+def _differences(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """How tensors differ from one's own in names and shapes; empty if they do not."""
     misshapen = [
         f"{name} ({'x'.join(map(str, tensors[name].shape))} there, "
         f"{'x'.join(map(str, own[name].shape))} here)"
@@ -187,5 +233,148 @@ def check_weights(
         "of another shape": misshapen,
     }
     found = [f"{len(names)} {what}, e.g. {names[0]}" for what, names in problems.items() if names]
-    if found:
-        raise UserError(f"checkpoint {source} is of another configuration: {'; '.join(found)}")
+    return "; ".join(found)
+
+
+# --- Checkpoints of transformers ------------------------------------------------------------------
+
+
+def _dtype(name: torch.dtype | str | None) -> torch.dtype | None:
+    """The type of a name; None to keep what is there."""
+    if name is None or name == "keep":
+        return None
+    return getattr(torch, name) if isinstance(name, str) else name
+
+
+class Imported(NamedTuple):
+    """A model from a checkpoint of transformers, and where it comes from.
+
+    Attributes:
+        model: on the CPU and in eval mode.
+        source: its configuration there and the layout of its tensors' names, for the way back.
+        note: why it has no tokenizer; empty if it has one.
+    """
+
+    model: VisionLanguageModel
+    source: dict[str, Any]
+    note: str
+
+
+def load_hf(directory: str | Path, dtype: torch.dtype | str | None = None) -> VisionLanguageModel:
+    """The model of a transformers checkpoint, on the CPU and in eval mode.
+
+    Its logits are transformers', with one exception: in Llama 3.2 Vision, text before an image does
+    not see it, as in Meta's code (see ``hf_compat`` of ``fusion.cross_attention``).
+
+    Args:
+        directory: holds ``config.json``, and safetensors in one file or in shards. From a
+            ``tokenizer.json`` with Llama 4's special tokens the model has a tokenizer.
+        dtype: of its weights, or the name of one; None, or ``"keep"``, keeps each tensor's.
+
+    Raises:
+        UserError: the directory cannot be read, is of a model that ours cannot express, or its
+            tensors do not fit its configuration.
+    """
+    return _import(Path(directory), dtype).model
+
+
+def import_hf(
+    directory: str | Path, out: str | Path, dtype: torch.dtype | str | None = None
+) -> tuple[Path, str]:
+    """Turn a transformers checkpoint into one of ours.
+
+    Args:
+        directory: see ``load_hf``.
+        out: a file whose name ends in ``.safetensors``, or a directory for ``model.safetensors``.
+        dtype: see ``load_hf``.
+
+    Returns:
+        The file, and why it has no tokenizer (empty if it has one).
+
+    Raises:
+        UserError: see ``load_hf``; or the file exists or cannot be written.
+    """
+    path = Path(out)
+    if path.suffix != ".safetensors":
+        path = path / WEIGHTS
+    if path.exists():
+        raise UserError(f"{path} exists already: name another file")
+    model, source, note = _import(Path(directory), dtype)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_model(model, path, huggingface=source)
+    return path, note
+
+
+def _import(directory: Path, dtype: torch.dtype | str | None) -> Imported:
+    config = files.read_config(directory)
+    tensors = files.read_tensors(directory)
+    model_type = str(config.get("model_type"))
+    layout = layout_of(model_type, tensors)
+    try:
+        description = describe(config, has_head=has_head(model_type, layout, tensors))
+        tokenizer, note = files.read_tokenizer(directory, config, description["backbone"])
+        model = _skeleton(description | {"tokenizer": tokenizer and tokenizer.to_json()})
+    except ValueError as error:  # of ours or of a part
+        raise UserError(f"{directory / files.CONFIG}: {error}") from None
+    transfers = plan(model_type, description, layout)
+    own = model.state_dict()
+    expected = {n: x for t in transfers for n, x in t.to_theirs(own[t.ours]).items()}
+    if found := _differences(expected, tensors):
+        raise UserError(f"{directory}: the tensors do not fit {files.CONFIG}: {found}")
+    weights = to_ours(transfers, tensors, _dtype(dtype))
+    return Imported(_adopt(model, weights), {"config": config, "layout": layout}, note)
+
+
+def export_hf(
+    checkpoint: str | Path,
+    directory: str | Path,
+    dtype: torch.dtype | str | None = None,
+    shard_gigabytes: float = 5.0,
+) -> int:
+    """Turn a checkpoint of ours into one that transformers loads.
+
+    The bias that evens expert load (``backbone.balance: bias``) has no counterpart in transformers.
+    It is left out where it is zero, and refused elsewhere, since experts would be chosen otherwise.
+
+    Args:
+        checkpoint: a ``.safetensors`` file or a ``.ckpt``.
+        directory: a new one.
+        dtype: see ``load_hf``.
+        shard_gigabytes: how large a file may be.
+
+    Returns:
+        The number of shards.
+
+    Raises:
+        UserError: the checkpoint cannot be read, transformers cannot express it, or the directory
+            is not empty or cannot be written.
+    """
+    description, tensors = read_checkpoint(checkpoint)
+    check_weights(_skeleton(description["model"]), tensors, source=str(checkpoint))
+    source = description.get("huggingface", {})
+    tokenizer = _tokenizer(description["model"])
+    wanted = _dtype(dtype)
+    stored = wanted or tensors["backbone.embed.weight"].dtype
+    try:
+        config = configure(
+            description["model"],
+            tokenizer=tokenizer,
+            source=source.get("config"),
+            dtype=str(stored).removeprefix("torch."),
+        )
+    except UserError as error:
+        raise UserError(f"{checkpoint}: {error}") from None
+    transfers = plan(config["model_type"], description["model"], source.get("layout", 0))
+    biased = [t.ours for t in transfers if not t.theirs and tensors[t.ours].any()]
+    if biased:
+        raise UserError(
+            f"{checkpoint}: {biased[0]} is not zero, and transformers' router has no such bias: "
+            "train on with backbone.balance none or loss, and without the bias"
+        )
+
+    with files.appearing(Path(directory)) as partial:
+        files.write_json(partial / files.CONFIG, config)
+        if tokenizer is not None:
+            files.write_tokenizer(partial, tokenizer)
+        groups = to_theirs(transfers, tensors, wanted)
+        return files.write_tensors(partial, groups, shard_bytes=int(shard_gigabytes * 1e9))

@@ -21,6 +21,8 @@ TRAINER_COMMANDS = {
     "predict": "store a checkpoint's predictions",
 }
 
+DTYPES = ("keep", "float32", "bfloat16", "float16")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
@@ -68,12 +70,34 @@ def build_parser() -> argparse.ArgumentParser:
     ask.add_argument("--image", type=Path, action="append", default=[], help="may be repeated")
     ask.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
     ask.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: 1 = off)")
-    ask.add_argument("--max-tokens", type=_positive, default=64, help="default: 64")
+    ask.add_argument("--top-k", type=int, default=0, help="of the k likeliest (default: 0 = all)")
+    ask.add_argument("--max-tokens", type=int, default=64, help="default: 64")
     ask.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    ask.add_argument("--stop", action="append", default=[], help="end at this; may be repeated")
     ask.set_defaults(handler=_ask)
 
-    params = commands.add_parser("params", help="count a preset's total and active parameters")
+    imported = commands.add_parser(
+        "import-hf", help="turn a transformers checkpoint into one of ours"
+    )
+    imported.add_argument("directory", type=Path, help="config.json and safetensors")
+    imported.add_argument("out", type=Path, help="a .safetensors file, or a directory for one")
+    imported.set_defaults(handler=_import_hf)
+
+    exported = commands.add_parser("export-hf", help="turn a checkpoint into one for transformers")
+    exported.add_argument("checkpoint", type=Path, help="file or run directory")
+    exported.add_argument("directory", type=Path, help="a new one")
+    exported.add_argument(
+        "--shard-size", type=_gigabytes, default=5.0, help="GB a file at most (default: 5)"
+    )
+    exported.set_defaults(handler=_export_hf)
+    for command in (imported, exported):
+        command.add_argument("--dtype", choices=DTYPES, default="keep", help="default: keep")
+
+    params = commands.add_parser("params", help="a preset's parameters, memory and KV cache")
     params.add_argument("preset", nargs="?", help="default: all presets")
+    params.add_argument(
+        "--context", type=_tokens, default=131_072, help="tokens in the KV cache (default: 131072)"
+    )
     params.add_argument("--json", action="store_true", help="print JSON")
     params.set_defaults(handler=_params)
 
@@ -100,16 +124,43 @@ def _ask(args: argparse.Namespace) -> int:
 
     from sandbox.checkpoint import load_model
     from sandbox.data.prompt import Prompt
+    from sandbox.generate import Sampling
 
-    model = load_model(checkpoint)
-    (answer,) = model.generate(
-        [Prompt.ask(args.question, images)],
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
-    print(answer)
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+    sampling = {name: getattr(args, name) for name in names}
+    try:
+        Sampling(**sampling)
+    except UserError as error:
+        return _fail(str(error), code=2)
+    answer, shown = "", 0
+    for _, piece in load_model(checkpoint).stream([Prompt.ask(args.question, images)], **sampling):
+        answer += piece
+        # White space at the end waits for what follows it, and at the start it is never shown.
+        print(answer.strip()[shown:], end="", flush=True)
+        shown = len(answer.strip())
+    print()
+    return 0
+
+
+def _import_hf(args: argparse.Namespace) -> int:
+    from sandbox.checkpoint import import_hf
+
+    path, note = import_hf(args.directory, args.out, args.dtype)
+    print(path)
+    if note:
+        print(f"without a tokenizer, so it reads token ids alone: {note}")
+    return 0
+
+
+def _export_hf(args: argparse.Namespace) -> int:
+    from sandbox.runs import find_weights
+
+    checkpoint = find_weights(args.checkpoint)
+
+    from sandbox.checkpoint import export_hf
+
+    shards = export_hf(checkpoint, args.directory, args.dtype, args.shard_size)
+    print(f"{args.directory} ({shards} file{'s' * (shards > 1)} of weights)")
     return 0
 
 
@@ -121,17 +172,20 @@ def _params(args: argparse.Namespace) -> int:
     except UserError as error:
         return _fail(str(error), code=2)
 
-    from sandbox.params import count, table
+    from sandbox.params import describe, details, overview
 
-    counts = {name: count(config) for name, config in configs.items()}
+    described = {name: describe(name, config, args.context) for name, config in configs.items()}
     if args.json:
-        print(json.dumps(counts, indent=2))
+        print(json.dumps(described, indent=2))
         return 0
 
     from rich.console import Console
 
-    for name, counted in counts.items():
-        Console().print(table(name, counted))
+    console = Console(highlight=False)
+    if args.preset:
+        console.print(details(args.preset, described[args.preset]))
+    else:
+        console.print(overview(described))
     return 0
 
 
@@ -155,6 +209,22 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got '{text}'")
     return int(text)
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of GB above 0, got '{text}'")
+    return size
+
+
+def _tokens(text: str) -> int:
+    if (n := _positive(text)) > 10**12:
+        raise argparse.ArgumentTypeError(f"must be at most 10^12 tokens, got '{text}'")
+    return n
 
 
 def _fail(message: str, code: int = 1) -> int:

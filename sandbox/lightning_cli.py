@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from sandbox.backbone.config import PRESETS, BackboneConfig
 from sandbox.checkpoint import load_weights, read_checkpoint
 from sandbox.errors import UserError
 from sandbox.evals.controls import PREDICTIONS, Controls
@@ -89,6 +90,11 @@ class SandboxCLI(LightningCLI):
                 parser.error(
                     f"{file}: '{key}' would be dropped, because the class around it was replaced; "
                     "put the new class and all of its init_args in one file"
+                )
+            for key, name in _varied_presets(given, config.as_dict()):
+                parser.error(
+                    f"{file}: '{key}' is the preset '{name}', which would be dropped for one value "
+                    f"given: write all of them (`sandbox params {name} --json` has them as config)"
                 )
 
     def _parse_ckpt_path(self) -> None:
@@ -290,3 +296,19 @@ def _dropped(given: Any, effective: Any, path: str = "") -> Iterator[str]:
             yield from _dropped(value, effective[key], full)
         elif path.endswith("init_args"):
             yield full
+
+
+def _varied_presets(given: Any, effective: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Keys of a file whose preset gave way to single values, with the preset's name.
+
+    jsonargparse fills the values that are not given from ``BackboneConfig``: the preset "tiny".
+    """
+    if not isinstance(given, Mapping) or not isinstance(effective, Mapping):
+        return
+    for key, value in given.items():
+        full, other = f"{path}.{key}" if path else str(key), effective.get(key)
+        if isinstance(value, str) and isinstance(other, Mapping) and value in PRESETS:
+            if PRESETS[value] != BackboneConfig():
+                yield full, value
+        else:
+            yield from _varied_presets(value, other, full)

@@ -1,6 +1,6 @@
 """The vision-language model: encoder, fusion and backbone composed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from sandbox.backbone.transformer import Backbone
 from sandbox.data.batch import IGNORE, Batch
 from sandbox.data.prompt import Prompt, PromptEncoder
 from sandbox.errors import UserError
-from sandbox.generate import Sampling, generate
+from sandbox.generate import Sampling, generate, generate_ids, inference, stream
 from sandbox.tokenizer import Tokenizer
 
 FusionBuilder = Callable[[int, int, int], Fusion]
@@ -53,33 +53,54 @@ class VisionLanguageModel(nn.Module):
     """Reads prompts of text and images, and predicts what follows.
 
     Args:
-        encoder: pixels to patch features.
-        fusion: builds the fusion, given the widths it joins.
+        encoder: pixels to patch features; None for a language model, which reads text alone.
+        fusion: builds the fusion, given the widths it joins; None if there is no encoder.
         backbone: configuration of the decoder.
-        tokenizer: its vocabulary must be the backbone's.
+        tokenizer: of no more tokens than the backbone reads, which may have rows to spare (Llama 4
+            has). None if token ids come from elsewhere: such a model reads batches, no prompts.
 
     Raises:
-        UserError: tokenizer and backbone differ in vocabulary size.
+        UserError: the tokenizer has more tokens than the backbone.
     """
 
     def __init__(
         self,
-        encoder: VisionEncoder,
-        fusion: FusionBuilder,
+        encoder: VisionEncoder | None,
+        fusion: FusionBuilder | None,
         backbone: BackboneConfig,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
     ) -> None:
         super().__init__()
-        if tokenizer.vocab_size != backbone.vocab_size:
+        if (encoder is None) != (fusion is None):
+            raise ValueError("encoder and fusion come together, or neither for a language model")
+        size = backbone.vocab_size + backbone.input_only
+        if tokenizer is not None and tokenizer.vocab_size > size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens but backbone.vocab_size is "
                 f"{backbone.vocab_size}: set it to {tokenizer.vocab_size}"
             )
         self.encoder = encoder
-        self.fusion = fusion(encoder.width, encoder.grid, backbone.width)
+        self.fusion: Fusion | None = None
+        if encoder is not None and fusion is not None:
+            self.fusion = fusion(encoder.width, encoder.grid, backbone.width)
         self.backbone = Backbone(backbone)
         self.tokenizer = tokenizer
-        self.prompts = PromptEncoder(tokenizer, encoder.tile_size, self.fusion.tokens_per_tile)
+
+    @property
+    def prompts(self) -> PromptEncoder:
+        """Turns prompts and samples into what this model reads.
+
+        Raises:
+            UserError: the model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError(
+                "the model has no tokenizer: its checkpoint came without one that has Llama 4's "
+                "special tokens; it reads batches of token ids"
+            )
+        if self.encoder is None or self.fusion is None:
+            return PromptEncoder(self.tokenizer, tile_size=1, tokens_per_tile=0)
+        return PromptEncoder(self.tokenizer, self.encoder.tile_size, self.fusion.tokens_per_tile)
 
     def fuse(self, batch: Batch) -> Fused:
         """Embeddings of a batch with its images in place; text alone never meets the encoder."""
@@ -91,11 +112,29 @@ class VisionLanguageModel(nn.Module):
                     "but no image"
                 )
             return Fused(embeds)
+        if self.encoder is None or self.fusion is None:
+            raise UserError(
+                f"{batch.name or 'the batch'} holds {len(batch.tiles)} image tiles, and the model "
+                "is a language model: it reads text alone"
+            )
         features = self.encoder(self.encoder.normalize(batch.tiles))
         return self.fusion(embeds, features, batch)
 
-    def forward(self, batch: Batch) -> Output:
-        """Loss and bookkeeping of a batch, see ``Output``."""
+    def forward(self, batch: Batch | None = None, *, tokens: Tensor | None = None) -> Output:
+        """Loss and bookkeeping of a batch, see ``Output``.
+
+        Args:
+            batch: what a task or prompts gave.
+            tokens: instead of a batch, int64 ``[B, T]`` of text alone; the loss is then 0.
+
+        Raises:
+            ValueError: both or neither are given.
+        """
+        if (batch is None) == (tokens is None):
+            raise ValueError("the model reads a batch or tokens, one of them")
+        if tokens is not None:
+            batch = Batch.of(tokens)
+        assert batch is not None
         fused = self.fuse(batch)
         plain = batch.documents is None and batch.branches is None
         decoded = self.backbone(
@@ -142,13 +181,36 @@ class VisionLanguageModel(nn.Module):
         """
         return generate(self, prompts, Sampling(**sampling))
 
+    def stream(self, prompts: Sequence[Prompt], **sampling: Any) -> Iterator[tuple[int, str]]:
+        """The answers as they are written, as (number of the prompt, further text)."""
+        return stream(self, prompts, Sampling(**sampling))
+
+    def generate_ids(self, batch: Batch | Tensor, **sampling: Any) -> list[list[int]]:
+        """Token ids that follow a collated batch, or tokens int64 ``[B, T]`` without images.
+
+        Raises:
+            ValueError: the batch is packed: a reply continues a row, so it must be one document.
+        """
+        chosen = Sampling(**sampling)
+        if isinstance(batch, Tensor):
+            return generate_ids(self.backbone, batch, chosen)
+        documents = batch.documents
+        if batch.branches is not None or (documents is not None and bool((documents > 0).any())):
+            raise ValueError("a reply continues a row, and rows of this batch hold several texts")
+        with inference(self):
+            return generate_ids(self.backbone, self.fuse(batch), chosen, documents)
+
     def describe(self) -> dict[str, object]:
         """Plain values from which ``checkpoint.build_model`` makes the same architecture."""
         parts = {"encoder": self.encoder, "fusion": self.fusion}
         return {
-            name: {
+            name: part
+            and {
                 "class_path": f"{type(part).__module__}.{type(part).__qualname__}",
                 "init_args": part.init_args,
             }
             for name, part in parts.items()
-        } | {"backbone": asdict(self.backbone.config), "tokenizer": self.tokenizer.to_json()}
+        } | {
+            "backbone": asdict(self.backbone.config),
+            "tokenizer": self.tokenizer and self.tokenizer.to_json(),
+        }

@@ -59,15 +59,17 @@ def within(module: str, *packages: str) -> bool:
 
 # Inside `sandbox`, what a module may import of `sandbox`: backbone -> model -> {generate, train}
 # -> evals -> {ablation, cli}, the right side importing the left; `data` imports no model code.
-BASICS = ("sandbox.errors", "sandbox.runs")
+BASICS = ("sandbox.allocator", "sandbox.errors", "sandbox.runs")
 TEXT = ("sandbox.tokenizer", "sandbox.vocabulary")
-BACKBONE = (*BASICS, "sandbox.backbone", "sandbox.params")
+BACKBONE = (*BASICS, "sandbox.backbone", "sandbox.meta", "sandbox.params")
 DATA = (*BASICS, *TEXT, "sandbox.data")
 MODEL = (*BACKBONE, *DATA, "sandbox.model", "sandbox.generate", "sandbox.checkpoint")
 EVALS = (*MODEL, "sandbox.train", "sandbox.evals")
 ALLOWED = {
+    "sandbox.allocator": (),
     "sandbox.errors": (),
     "sandbox.runs": BASICS,
+    "sandbox.meta": BASICS,
     "sandbox.doctor": BASICS,
     "sandbox.tokenizer": (*BASICS, *TEXT),
     "sandbox.vocabulary": DATA,
@@ -76,7 +78,8 @@ ALLOWED = {
     "sandbox.data": DATA,
     "sandbox.model": MODEL,
     "sandbox.generate": MODEL,
-    "sandbox.checkpoint": MODEL,
+    "sandbox.huggingface": (*BASICS, *TEXT, "sandbox.backbone", "sandbox.huggingface"),
+    "sandbox.checkpoint": (*MODEL, "sandbox.huggingface"),
     "sandbox.train": (*MODEL, "sandbox.train"),
     "sandbox.evals": EVALS,
 }

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -87,6 +87,10 @@ def test_help_and_usage_errors_import_nothing_heavy() -> None:
         (["fti"], "invalid choice: 'fti'"),
         ([], "required: <subcommand>"),
         (["params", "scuot"], "did you mean 'scout'?"),
+        (["params", "--context", "0"], "at least 1, got '0'"),
+        (["params", "scout", "--context", "-5"], "at least 1, got '-5'"),
+        (["params", "scout", "--context", "10M"], "a whole number of at least 1, got '10M'"),
+        (["params", "scout", "--context", "9" * 30], "at most 10^12"),
         (["quickstart", "--steps", "0"], "at least 1, got '0'"),
         (["quickstart", "--step", "3"], "unrecognized arguments: --step 3"),
         (["ask", "what?"], "required: --checkpoint"),
@@ -139,9 +143,21 @@ def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_params_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     """Scripts read the counts; a table drawn around the JSON would break them."""
-    assert call("params", "tiny", "--json") == 0
-    counts = json.loads(capsys.readouterr().out)
-    assert counts["tiny"]["active"] < counts["tiny"]["total"]
+    assert call("params", "tiny", "--json", "--context", "500") == 0
+    tiny = json.loads(capsys.readouterr().out)["tiny"]
+    assert tiny["active"] < tiny["total"]
+    assert tiny["cache_bytes"]["bf16"]["bytes"] == 4 * 500 * 2 * 32 * 2
+    assert tiny["config"]["layers"] == 4
+
+
+def test_params_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a preset the numbers of all, with one all of its numbers."""
+    assert call("params") == 0
+    assert "maverick" in capsys.readouterr().out
+    assert call("params", "scout", "--context", "10000000") == 0
+    shown = capsys.readouterr().out
+    assert "107,769,861,120" in shown
+    assert "0.251" in shown
 
 
 def test_quickstart_gets_its_flags(
@@ -171,17 +187,22 @@ def test_ask_passes_images_question_and_sampling(
         Image.new("RGB", (4, 4), colour).save(workplace / name)
     (workplace / "model.safetensors").touch()
     seen: dict[str, Any] = {}
+    shown: list[str] = []
 
     class Model:
-        def generate(self, prompts: list[Any], **sampling: Any) -> list[str]:
+        def stream(self, prompts: list[Any], **sampling: Any) -> Iterator[tuple[int, str]]:
             seen.update(sampling, content=prompts[0].turns[0].content)
-            return ["blue"]
+            for piece in (" ", "b", "lue ", "\n", "or not", " \n"):
+                yield 0, piece
+                shown.append(capsys.readouterr().out)
 
     monkeypatch.setattr(checkpoint, "load_model", lambda path: seen.update(path=path) or Model())
     flags = ["--temperature", "0.5", "--top-p", "0.9", "--max-tokens", "3", "--seed", "1"]
+    flags += ["--top-k", "7", "--stop", "red", "--stop", "green"]
     images = ["--image", "a.png", "--image", "b.png"]
     assert call("ask", "--checkpoint", ".", *images, *flags, "which is blue?") == 0
-    assert capsys.readouterr().out == "blue\n"
+    assert shown == ["", "b", "lue", "", " \nor not", ""]  # as it comes, and trimmed
+    assert capsys.readouterr().out == "\n"
     first, second, question = seen.pop("content")
     assert first.pixels.getpixel((0, 0)) == (255, 0, 0)
     assert second.pixels.getpixel((0, 0)) == (0, 0, 255)
@@ -190,9 +211,33 @@ def test_ask_passes_images_question_and_sampling(
         "path": Path("model.safetensors"),
         "temperature": 0.5,
         "top_p": 0.9,
+        "top_k": 7,
         "max_tokens": 3,
         "seed": 1,
+        "stop": ["red", "green"],
     }
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
+        (["--temperature", "-1"], "temperature"),
+        (["--top-p", "0"], "top_p"),
+        (["--top-k", "-3"], "top_k"),
+        (["--stop", ""], "stop"),
+    ],
+)
+def test_sampling_out_of_range_is_a_usage_error(
+    flags: list[str], says: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It should not take the loading of a model to learn that a flag is wrong."""
+    (workplace / "model.safetensors").touch()
+    assert call("ask", "--checkpoint", ".", *flags, "what?") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: sampling: ")
+    assert says in error
+    assert error.count("\n") == 1
 
 
 def test_a_broken_image_is_one_line(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -317,6 +362,38 @@ def test_command_line_beats_file_beats_checkpoint(
     assert config.model.init_args.optimizer.lr == 0.5
     assert config.model.init_args.optimizer.name == "adamw"
     assert config.seed_everything == 7
+
+
+def test_a_preset_is_chosen_by_name(workplace: Path) -> None:
+    """A size of the ladder must be trainable as it is, with whatever tokenizer."""
+    from sandbox.backbone.config import preset
+    from sandbox.checkpoint import read_checkpoint
+    from sandbox.runs import find_checkpoint
+    from sandbox.tokenizer import Tokenizer
+
+    words = Tokenizer.train(["What is the value of the highest bar? How many bars?"], 290)
+    (workplace / "words.json").write_text(words.to_json())
+    argv = ["--config", "tiny.yaml", "--model.backbone", "1m", "--trainer.max_steps", "1"]
+    assert call("fit", *argv, "--model.tokenizer", "words.json") == 0
+    (run,) = (workplace / "runs").iterdir()
+    description, _ = read_checkpoint(find_checkpoint(run))
+    backbone = description["model"]["backbone"]
+    assert (backbone["width"], backbone["vocab_size"]) == (preset("1m").width, 290)
+
+
+def test_a_preset_is_not_dropped_in_silence(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--model.backbone.chunk 64` over the preset 5m trained the tiny one, with that chunk."""
+    config = yaml.safe_load(CONFIG)
+    _set("model.init_args.backbone", "5m")(config)
+    (workplace / "named.yaml").write_text(yaml.safe_dump(config))
+    argv = ["--config", "named.yaml"]
+    assert call("fit", *argv, "--model.backbone.chunk", "64") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "named.yaml: 'model.init_args.backbone' is the preset '5m'" in error
+    other = _parsed(*argv, "--model.backbone", "25m", monkeypatch=monkeypatch)
+    assert other.model.init_args.backbone == "25m"
 
 
 def test_train_resume_evaluate(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

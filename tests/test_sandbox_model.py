@@ -13,7 +13,6 @@ from sandbox.data.batch import collate, pack
 from sandbox.data.prompt import Image, Prompt, Turn, Video
 from sandbox.data.task import Question, Sample
 from sandbox.errors import UserError
-from sandbox.generate import Sampling, choose
 from sandbox.model import VisionLanguageModel
 from sandbox.tokenizer import Tokenizer
 
@@ -151,19 +150,3 @@ def test_balancing_parts_join_the_loss():
     )[0]
     full = torch.autograd.grad(output.loss, model.backbone.layers[0].ffn.router.weight)[0]
     assert not plain.allclose(full)
-
-
-def test_top_k_and_top_p_keep_the_right_tokens():
-    """Guards against nucleus sampling that drops the token crossing the threshold."""
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(400, -1)
-    generators = [torch.Generator().manual_seed(i) for i in range(400)]
-
-    def kept(**options) -> set[int]:
-        sampling = Sampling(temperature=1.0, **options)
-        return set(choose(logits, sampling, generators).tolist())
-
-    assert kept(top_k=2) == {0, 1}
-    assert kept(top_p=0.6) == {0, 1}
-    assert kept(top_p=0.0) == {0}
-    assert kept() == {0, 1, 2, 3}
-    assert choose(logits[:1], Sampling(), []).tolist() == [0]

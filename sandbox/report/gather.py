@@ -9,6 +9,7 @@ from PIL import Image as PILImage
 
 from sandbox.data.prompt import Prompt as Question
 from sandbox.data.task import Sample, Task
+from sandbox.errors import UserError
 from sandbox.evals.metrics import exact_match
 from sandbox.evals.run import Record, with_replies
 from sandbox.model import VisionLanguageModel
@@ -19,6 +20,8 @@ from sandbox.report.page import Architecture, Card, Gallery, Layer, Prompt, Stag
 def architecture(model: VisionLanguageModel, sample: Sample) -> Architecture:
     """The model in numbers, and what it reads when asked the sample's first question."""
     encoder, fusion, config = model.encoder, model.fusion, model.backbone.config
+    if encoder is None or fusion is None:
+        raise UserError("a report shows pictures, and this model reads text alone")
     total, text = sum(p.numel() for p in model.parameters()), count(config)
     shared = ", one expert shared by all tokens" if config.experts and config.shared_expert else ""
     chunks = "everywhere" if config.chunk is None else f"in chunks of {config.chunk:,}"
@@ -49,12 +52,13 @@ def architecture(model: VisionLanguageModel, sample: Sample) -> Architecture:
 
 def _prompt(model: VisionLanguageModel, sample: Sample) -> Prompt:
     question = Question.ask(sample.questions[0].text, sample.images[:1])
-    example = model.prompts.encode(question, reply=True)
+    prompts = model.prompts
+    example = prompts.encode(question, reply=True)
     words = [
-        None if patch else model.tokenizer.decode([token], skip_special=False)
+        None if patch else prompts.tokenizer.decode([token], skip_special=False)
         for token, patch in zip(example.tokens.tolist(), example.patches.tolist(), strict=True)
     ]
-    return Prompt(sample.images[0], round(model.fusion.tokens_per_tile**0.5), words)
+    return Prompt(sample.images[0], round(prompts.tokens_per_tile**0.5), words)
 
 
 def gallery(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from encoders.base import VisionEncoder
+from sandbox.allocator import keep_freed_memory
 from sandbox.backbone.config import BackboneConfig, preset
 from sandbox.checkpoint import check_weights, load_weights, model_tensors, read_checkpoint
 from sandbox.data.batch import Batch
@@ -32,7 +33,7 @@ class Pretrain(lightning.LightningModule):
     Args:
         encoder: pixels to patch features.
         fusion: class path and arguments of the fusion; the model supplies the widths.
-        backbone: its configuration, or the name of a preset.
+        backbone: its configuration, or the name of a preset, made for the tokenizer's vocabulary.
         tokenizer: ``small``, or the path of a vocabulary.
         optimizer: how parameters move.
         init_from: checkpoint of the same architecture whose weights to start from.
@@ -55,8 +56,10 @@ class Pretrain(lightning.LightningModule):
         freeze: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        config = preset(backbone) if isinstance(backbone, str) else backbone
-        self.model = VisionLanguageModel(encoder, fusion, config, Tokenizer.load(tokenizer))
+        vocabulary = Tokenizer.load(tokenizer)
+        if isinstance(backbone, str):
+            backbone = preset(backbone, vocabulary.vocab_size)
+        self.model = VisionLanguageModel(encoder, fusion, backbone, vocabulary)
         self.optimizer = optimizer
         if init_from is not None:
             _, tensors = read_checkpoint(init_from)
@@ -141,6 +144,11 @@ class Pretrain(lightning.LightningModule):
         tensors = model_tensors(checkpoint["state_dict"])
         check_weights(self.model, tensors, source=str(self.trainer.ckpt_path))
         self._rng_states = checkpoint.get(RNG, [])
+
+    def on_fit_start(self) -> None:
+        """On a CPU, spare every step the faulting in of its memory."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     def on_train_start(self) -> None:
         """Draw on as the run would have that is resumed."""

@@ -1,0 +1,1 @@
+"""Transformers' checkpoints: what their configurations, tensor names and files mean here."""
