@@ -1,6 +1,6 @@
 # Everything a contributor runs, by name. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help setup test slow gpu lint format types quickstart doctor ci clean
+.PHONY: help setup test slow gpu lint format types quickstart bench doctor ci clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ types:  ## check the types of the three rooms
 
 quickstart:  ## train a tiny model, and question it
 	uv run sandbox quickstart
+
+bench:  ## our backbone against transformers: a table, a picture, every sample
+	uv run python experiments/bench.py
 
 doctor:  ## check the installation
 	uv run sandbox doctor

@@ -17,12 +17,13 @@ def step():
 for _ in range(6):  # until the heap has found its size
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
+for _ in range(24):
     step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
 def test_a_step_does_not_fault_its_memory_in_again() -> None:
     """Guards against a wrong number among mallopt's parameters: it would do nothing, silently."""
@@ -34,4 +35,5 @@ def test_a_step_does_not_fault_its_memory_in_again() -> None:
         )
         for mode in ("keep", "default")
     }
-    assert faults["keep"] < 1000 < 4 * 4096 < faults["default"] + 1000
+    # A gap that is a little too small may be passed over now and then: not in every step.
+    assert faults["keep"] < 0.3 * faults["default"]
