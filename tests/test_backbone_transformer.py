@@ -112,3 +112,10 @@ def test_rotation_turns_adjacent_pairs():
     x = torch.tensor([[[[1.0, 0.0, 5.0, 6.0]]]])
     expected = torch.tensor([[[[0.0, 1.0, 5.0, 6.0]]]])
     torch.testing.assert_close(rotate(x, turn), expected, atol=1e-6, rtol=0)
+
+
+def test_an_adapter_of_no_layer_is_refused() -> None:
+    """Guards against an adapter that trains in vain: before layer 4 of 4 nothing would call it."""
+    backbone = Backbone(preset("tiny"))
+    with pytest.raises(ValueError, match="before layer 4, but the backbone has 4 layers"):
+        backbone(torch.zeros(1, 2, dtype=torch.int64), adapters={4: torch.nn.Identity()})

@@ -25,15 +25,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             span = slice(start, start + chunk)
             x, y = hidden[span], labels[span]
             logits = (x @ head.T).float()
-            error = logits.softmax(dim=-1)
-            # One pass gives the likeliest token and, through it, the log-partition: a probability
-            # of at least 1 / V has a well-behaved logarithm, that of the label may not.
-            likeliest = error.max(dim=-1)
-            correct[span] = likeliest.indices == y
-            chosen = logits.gather(-1, torch.stack((likeliest.indices, y), dim=-1))
-            total += (chosen[:, 0] - chosen[:, 1] - likeliest.values.log()).sum()
-            del logits
+            label = logits.gather(-1, y[:, None])
+            largest = logits.max(dim=-1, keepdim=True)
+            correct[span] = largest.indices.squeeze(-1) == y
+            error = logits.sub_(largest.values).exp_()  # in place: one buffer a chunk
+            mass = error.sum(dim=-1, keepdim=True)
+            total += (largest.values + mass.log() - label).sum()
             if need_hidden or need_weight:
+                error /= mass
                 error[torch.arange(len(y), device=y.device), y] -= 1
                 error = error.to(hidden.dtype)
                 if grad_hidden is not None:
@@ -42,6 +41,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(error.T, x)
                 elif grad_weight is not None:  # summed in fp32 over the chunks
                     grad_weight += error.T @ x
+            del logits, error  # or they would live on beside those of the next chunk
         count = max(len(labels), 1)
         grads = [None if grad is None else grad.div_(count) for grad in (grad_hidden, grad_weight)]
         ctx.save_for_backward(*grads)

@@ -122,12 +122,18 @@ class Backbone(nn.Module):
             context: what the adapters need.
 
         Raises:
-            ValueError: both or neither of tokens and embeds are given, or branches with a cache.
+            ValueError: both or neither of tokens and embeds are given, branches with a cache, or
+                an adapter before a layer that does not exist.
         """
         if (tokens is None) == (embeds is None):
             raise ValueError("the backbone reads either tokens or embeds, and needs one of them")
         if cache is not None and branches is not None:
             raise ValueError("branches share a prefix within one forward pass: not with a cache")
+        if adapters and max(adapters) >= len(self.layers):
+            raise ValueError(
+                f"an adapter stands before layer {max(adapters)}, but the backbone has "
+                f"{len(self.layers)} layers, numbered from 0"
+            )
         x = self.embed(tokens) if embeds is None else embeds
         B, T = x.shape[:2]
         plain = positions is None
