@@ -84,6 +84,7 @@ class SandboxCLI(LightningCLI):
         """Parse our arguments; a key of a file that a later class cannot take is an error."""
         self.config = parser.parse_args(self.argv)
         config = self.config[self.config.subcommand]
+        varied = [("the command line", flag, name) for flag, name in _presets_overridden(self.argv)]
         for file in map(str, config.config or []):
             given = yaml.safe_load(Path(file).read_text())
             for key in _dropped(given, config.as_dict()):
@@ -91,11 +92,12 @@ class SandboxCLI(LightningCLI):
                     f"{file}: '{key}' would be dropped, because the class around it was replaced; "
                     "put the new class and all of its init_args in one file"
                 )
-            for key, name in _varied_presets(given, config.as_dict()):
-                parser.error(
-                    f"{file}: '{key}' is the preset '{name}', which would be dropped for one value "
-                    f"given: write all of them (`sandbox params {name} --json` has them as config)"
-                )
+            varied += [(file, *found) for found in _varied_presets(given, config.as_dict())]
+        for where, key, name in varied:
+            parser.error(
+                f"{where}: '{key}' is the preset '{name}', which would be dropped for one value "
+                f"given: write all of them (`sandbox params {name} --json` has them as config)"
+            )
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let the checkpoint's hyper-parameters override the command line."""
@@ -312,3 +314,13 @@ def _varied_presets(given: Any, effective: Any, path: str = "") -> Iterator[tupl
                 yield full, value
         else:
             yield from _varied_presets(value, other, full)
+
+
+def _presets_overridden(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Flags that name a preset while others set single values of it, with the preset's name."""
+    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+        flag, _, value = arg.partition("=")
+        name = value or following
+        overridden = any(other.startswith(f"{flag}.") for other in argv)
+        if overridden and PRESETS.get(name, BackboneConfig()) != BackboneConfig():
+            yield flag, name

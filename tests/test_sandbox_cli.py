@@ -392,6 +392,11 @@ def test_a_preset_is_not_dropped_in_silence(
     assert call("fit", *argv, "--model.backbone.chunk", "64") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "named.yaml: 'model.init_args.backbone' is the preset '5m'" in error
+    for preset in (["--model.backbone", "5m"], ["--model.backbone=5m"]):
+        flags = ["--config", "tiny.yaml", *preset, "--model.backbone.chunk", "64"]
+        assert call("fit", *flags) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "the command line: '--model.backbone' is the preset '5m'" in error
     other = _parsed(*argv, "--model.backbone", "25m", monkeypatch=monkeypatch)
     assert other.model.init_args.backbone == "25m"
 
