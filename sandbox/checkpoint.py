@@ -22,7 +22,7 @@ from torch import Tensor
 
 from encoders.base import VisionEncoder
 from fusion.base import Fusion
-from sandbox.backbone.config import BackboneConfig, RopeScaling
+from sandbox.backbone.config import BackboneConfig
 from sandbox.errors import UserError
 from sandbox.huggingface import files
 from sandbox.huggingface.configure import configure
@@ -61,10 +61,7 @@ def _commit() -> str:
 
 def build_model(description: Mapping[str, Any]) -> VisionLanguageModel:
     """An untrained model of the described architecture (see ``VisionLanguageModel.describe``)."""
-    backbone = dict(description["backbone"])
-    if backbone["rope_scaling"] is not None:
-        backbone["rope_scaling"] = RopeScaling(**backbone["rope_scaling"])
-    config = BackboneConfig(**backbone)
+    config = BackboneConfig.of(description["backbone"])
     tokenizer = _tokenizer(description)
     if description["encoder"] is None:
         return VisionLanguageModel(None, None, config, tokenizer)

@@ -222,9 +222,8 @@ def _decode(
             cache.select(kept)
             if context is not None:
                 context = context.select(kept)
-        hidden = backbone(tokens[:, None], cache=cache, adapters=adapters, context=context).hidden[
-            :, 0
-        ]
+        decoded = backbone(tokens[:, None], cache=cache, adapters=adapters, context=context)
+        hidden = decoded.hidden[:, 0]
 
 
 def choose(logits: Tensor, sampling: Sampling, draw: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ def overview(described: Mapping[str, Mapping[str, Any]]) -> RenderableType:
 
 def details(name: str, facts: Mapping[str, Any]) -> RenderableType:
     """Everything about one preset, for a terminal of 80 columns."""
-    about = [f"{name}: {_shape(BackboneConfig(**facts['config']))}"]
+    about = [f"{name}: {_shape(BackboneConfig.of(facts['config']))}"]
     if facts["note"]:
         about.append(f"This is {facts['note']}.")
     tables = _parameters(facts), _memory(facts), _cache(facts)

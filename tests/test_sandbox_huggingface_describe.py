@@ -79,10 +79,7 @@ SCOUT: dict[str, Any] = {
 
 def backbone(config: dict[str, Any], *, has_head: bool = True) -> BackboneConfig:
     """The decoder that a configuration describes."""
-    values = describe(config, has_head=has_head)["backbone"]
-    if values["rope_scaling"] is not None:
-        values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-    return BackboneConfig(**values)
+    return BackboneConfig.of(describe(config, has_head=has_head)["backbone"])
 
 
 def text(**changes: Any) -> dict[str, Any]:

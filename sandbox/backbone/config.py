@@ -1,8 +1,9 @@
 """The typed configuration of the backbone, and its presets by name."""
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from sandbox.errors import UserError
 
@@ -111,6 +112,12 @@ class BackboneConfig:
             raise UserError(
                 f"backbone: chunk ({self.chunk}) must be at least 1, or null for global"
             )
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "BackboneConfig":
+        """The configuration that ``dataclasses.asdict`` made these plain values of."""
+        scaling = values["rope_scaling"]
+        return cls(**{**values, "rope_scaling": scaling and RopeScaling(**scaling)})
 
     def is_moe(self, layer: int) -> bool:
         """Whether ``layer`` is a mixture of experts."""

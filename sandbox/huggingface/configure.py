@@ -9,7 +9,7 @@ from typing import Any
 
 from encoders.mllama_vit import every_arrangement
 from fusion.layout import IMAGE, IMAGE_END, IMAGE_START, PATCH
-from sandbox.backbone.config import BackboneConfig, RopeScaling
+from sandbox.backbone.config import BackboneConfig
 from sandbox.errors import UserError
 from sandbox.huggingface.describe import layer_types
 from sandbox.huggingface.names import (
@@ -68,7 +68,7 @@ def configure(
     """
     source = source or {}
     model_type = _model_type(description, source.get("model_type"))
-    config = _backbone(description)
+    config = BackboneConfig.of(description["backbone"])
     values: Values = {
         "model_type": model_type,
         "architectures": [_CLASSES[model_type]],
@@ -104,13 +104,6 @@ def _kept(source: Mapping[str, Any] | None) -> Values:
     return {key: value for key, value in (source or {}).items() if key not in _OBSOLETE}
 
 
-def _backbone(description: Mapping[str, Any]) -> BackboneConfig:
-    values = dict(description["backbone"])
-    if values["rope_scaling"] is not None:
-        values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-    return BackboneConfig(**values)
-
-
 def _model_type(description: Mapping[str, Any], imported: str | None) -> str:
     """The model type that can express the model; the one it came from before others."""
     fusion = description["fusion"]
@@ -128,7 +121,7 @@ def _model_type(description: Mapping[str, Any], imported: str | None) -> str:
 
 def _obstacles(model_type: str, description: Mapping[str, Any]) -> Iterator[str]:
     """Why a model type cannot express a model."""
-    config = _backbone(description)
+    config = BackboneConfig.of(description["backbone"])
     fixed: Values = {"input_only": 0}
     if model_type in ("llama", "mllama"):
         fixed = fixed | _DENSE

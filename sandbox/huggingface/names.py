@@ -98,7 +98,7 @@ def has_head(model_type: str, layout: int, names: Collection[str]) -> bool:
 def plan(model_type: str, description: Mapping[str, Any], layout: int = 0) -> list[Transfer]:
     """How every tensor of a described model transfers (see ``VisionLanguageModel.describe``)."""
     prefixes = LAYOUTS[model_type][layout]
-    config = BackboneConfig(**description["backbone"])
+    config = BackboneConfig.of(description["backbone"])
     fusion = description["fusion"]
     adapted = fusion["init_args"]["layers"] if model_type == "mllama" else ()
     transfers = [
