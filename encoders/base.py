@@ -41,6 +41,13 @@ class VisionEncoder(nn.Module, ABC):
         Summaries come first, if there are any, then the patches, row-major.
         """
 
+    def summary(self, tiles: Tensor) -> Tensor:
+        """One feature of each normalised tile as a whole, ``[N, V]``: the mean of its patches.
+
+        An encoder with a class token gives that instead.
+        """
+        return self(tiles)[:, self.summary_tokens :].mean(1)
+
     def normalize(self, tiles: Tensor) -> Tensor:
         """Map uint8 tiles ``[N, 3, S, S]`` to this encoder's floating-point input range.
 

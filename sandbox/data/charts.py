@@ -107,6 +107,22 @@ def _random_scene(chart: str, large: bool, heldout: bool, rng: random.Random) ->
     )
 
 
+def _tell(scene: Scene) -> str:
+    """The scene in words, in drawing order.
+
+    >>> _tell(Scene("bar", COLOR_THEME, (5, 0), ((7, 3),)))
+    'bar chart. blue: 7, red: 3.'
+    """
+    told = []
+    for period, column in zip(scene.periods, scene.columns, strict=True):
+        values = ", ".join(
+            f"{name}: {level * scene.unit}" for name, level in zip(scene.words, column, strict=True)
+        )
+        told.append(f"{period}: {values}." if period else f"{values}.")
+    title = f" {scene.theme.title}." if scene.theme.title else ""
+    return f"{scene.chart} chart.{title} {' '.join(told)}"
+
+
 # --- Balance -------------------------------------------------------------------------------------
 # With all combinations allowed, symmetry would make every colour the highest equally often. Holding
 # some out tilts this: who never has level 9 is highest more seldom. So we count exactly how often
@@ -346,7 +362,8 @@ class Charts(Task):
                 continue
             questions = self._ask(scene, rng)
             if questions:
-                return Sample((draw(scene, self.pixels),), questions, content)
+                image = draw(scene, self.pixels)
+                return Sample((image,), questions, content, text=_tell(scene))
 
     def _ask(self, scene: Scene, rng: random.Random) -> tuple[Question, ...]:
         views = [_View(scene, column, rng) for column in range(len(scene.columns))]

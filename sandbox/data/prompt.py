@@ -71,10 +71,15 @@ class Prompt:
 
 
 def context(sample: Sample) -> list[Segment]:
-    """What a sample's questions stand behind: its images, or its frames with their times."""
-    if sample.times is None:
-        return [Image(image) for image in sample.images]
-    return [Video(sample.images, sample.times)]
+    """What a sample's questions stand behind: its images, labelled or timed, or else its text."""
+    if sample.times is not None:
+        return [Video(sample.images, sample.times)]
+    if sample.labels is not None:
+        pairs = zip(sample.labels, map(Image, sample.images), strict=True)
+        return [segment for pair in pairs for segment in pair]
+    if not sample.images and sample.text is not None:
+        return [sample.text]
+    return [Image(image) for image in sample.images]
 
 
 @dataclass

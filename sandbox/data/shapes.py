@@ -226,7 +226,17 @@ class Shapes(Task):
             questions = self._ask(things, rng)
             if questions:
                 image = _draw(things, self.pixels, self.grid)
-                return Sample((image,), questions, content)
+                return Sample((image,), questions, content, text=self._tell(things))
+
+    def _tell(self, things: list[Thing]) -> str:
+        """The scene in words, row by row.
+
+        >>> Shapes()._tell([Thing("circle", "red", 2, 1), Thing("square", "blue", 0, 0)])
+        'top left: blue square, bottom center: red circle.'
+        """
+        in_order = sorted(things, key=lambda thing: (thing.row, thing.column))
+        told = (f"{place_name(t.row, t.column, self.grid)}: {t.color} {t.shape}" for t in in_order)
+        return ", ".join(told) + "."
 
     def _random_things(self, heldout: bool, rng: random.Random) -> list[Thing]:
         count = rng.choice([n for n in OBJECT_COUNTS if n <= self.grid**2])

@@ -26,13 +26,20 @@ class Sample:
     """Images (or frames) that share one prompt prefix, and the questions asked about them.
 
     ``content`` is a hash of what is drawn or stored, not of how it was sampled: two samples with
-    the same content show the same thing. Splits are disjoint in it.
+    the same content show the same thing. Splits are disjoint in it. A sample without images stands
+    behind its text.
     """
 
     images: tuple[PILImage.Image, ...]
     questions: tuple[Question, ...]
     content: str
     times: tuple[float, ...] | None = None  # seconds, when the images are frames of a video
+    labels: tuple[str, ...] | None = None  # what to call each image: text that stands before it
+    text: str | None = None  # all that the images show, in words: a caption, and a textual twin
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and len(self.labels) != len(self.images):
+            raise ValueError(f"{len(self.labels)} labels for {len(self.images)} images")
 
 
 class Task(ABC):

@@ -202,8 +202,8 @@ def _batch(model: VisionLanguageModel, samples: Iterable[Sample], *, name: str) 
 
 
 def _swap(sample: Sample, other: Sample) -> Sample:
-    """The sample's questions about the other's images."""
-    return replace(sample, images=other.images, times=other.times)
+    """The sample's questions about what the other shows."""
+    return replace(other, questions=sample.questions, content=sample.content)
 
 
 def _shift(task: Task, split: Split, samples: int) -> int:
