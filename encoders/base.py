@@ -48,6 +48,21 @@ class VisionEncoder(nn.Module, ABC):
         """
         return self(tiles)[:, self.summary_tokens :].mean(1)
 
+    def adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Make the tensors of an encoder of the same kind and another tile size fit this one.
+
+        Args:
+            state: what its ``state_dict`` gave, or a part of that; left as it is.
+
+        Returns:
+            The same tensors, all as they are unless a subclass has learned positions to resize;
+            bit for bit the same where the tile sizes agree.
+
+        Raises:
+            ValueError: the positions are those of no square grid.
+        """
+        return dict(state)
+
     def normalize(self, tiles: Tensor) -> Tensor:
         """Map uint8 tiles ``[N, 3, S, S]`` to this encoder's floating-point input range.
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoders.base import VisionEncoder
+from encoders.positions import resize_positions
 
 THETA = 10_000.0
 
@@ -114,6 +115,17 @@ class Llama4Vision(VisionEncoder):
         for block in self.layers:
             x = block(x, turn)
         return self.norm_post(x[:, :-1])
+
+    def adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Resize ``positions [G * G + 1, V]``, whose last row is the class token's.
+
+        The rotary positions are counted in patches and not stored: a larger grid has rows and
+        columns whose angles the weights have never seen.
+        """
+        adapted = dict(state)
+        if "positions" in state:
+            adapted["positions"] = resize_positions(state["positions"], self.grid, last=1)
+        return adapted
 
 
 class Block(nn.Module):

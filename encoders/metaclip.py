@@ -4,6 +4,8 @@ MetaCLIP (arXiv 2309.16671) is CLIP's architecture on curated data. open_clip is
 tower is built, never when this file is: that takes seconds, and needs a matching torchvision.
 """
 
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from encoders.base import VisionEncoder
+from encoders.positions import resize_positions
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # open_clip's OPENAI_DATASET_MEAN and _STD: CLIP's own
 STD = (0.26862954, 0.26130258, 0.27577711)
 QUICK = "-quickgelu"  # ends open_clip's names of models whose activation is QuickGELU
+DESCRIPTION = "open_clip_config.json"  # what open_clip's ``save_for_hf`` writes beside weights
 
 
 @dataclass(frozen=True)
@@ -45,22 +49,29 @@ class Tower:
 class MetaCLIP(VisionEncoder):
     """A CLIP vision transformer that gives its patch tokens, after the last layer and its norm.
 
-    The class token stays in the sequence, since patches attend to it, but is not returned; CLIP's
-    projection to the space shared with text reads the class token alone, and is left out.
+    The class token stays in the sequence, since patches attend to it, but is returned by
+    ``summary`` alone; CLIP's projection to the space shared with text is left out.
 
-    Sizes left None are those of ``model``, so a pretrained tower and a toy of its kind are::
+    Sizes left None are those of ``model``, so a pretrained tower, the same tower for larger tiles,
+    and a toy of its kind are::
 
         MetaCLIP(model="ViT-B-16-quickgelu", pretrained="metaclip_fullcc")
+        MetaCLIP(model="ViT-B-16-quickgelu", pretrained="metaclip_fullcc", tile_size=448)
         MetaCLIP(tile_size=64, patch_size=8, width=96, layers=2, heads=3)
+
+    At another tile size than the checkpoint's, its positions are interpolated (``adapt``). That
+    keeps a tower usable, not as good as one trained on: fine-tune it.
 
     Args:
         model: a name of open_clip's (``open_clip.list_models()``). It settles the activation:
             MetaCLIP 1 was trained with QuickGELU, so its names end in ``-quickgelu``; of its tags
             only ``metaclip_altogether`` wants plain GELU.
         pretrained: a tag of open_clip's for this model (downloaded once), or the file of a CLIP
-            checkpoint; None draws random weights. A file says nothing of activation and heads:
-            there ``model`` and ``heads`` are taken at their word.
-        tile_size: S, pixels a side of a tile.
+            checkpoint; None draws random weights. Weights do not show activation, heads and
+            preprocessing: they must be those of the tag, of an ``open_clip_config.json`` beside
+            the file, or of the tag whose file has this name. Where there is none of these,
+            ``model`` and ``heads`` are taken at their word.
+        tile_size: S, pixels a side of a tile; any multiple of ``patch_size``.
         patch_size: pixels a side of a patch.
         width: V, features per patch.
         layers: transformer blocks.
@@ -69,7 +80,8 @@ class MetaCLIP(VisionEncoder):
 
     Raises:
         ValueError: the model is unknown or no plain vision transformer, the sizes do not fit each
-            other or the checkpoint, or model and tag differ in activation.
+            other or the checkpoint, or the weights were trained with another activation, other
+            heads or other preprocessing.
     """
 
     def __init__(
@@ -97,13 +109,16 @@ class MetaCLIP(VisionEncoder):
         }
         tower = replace(named, **{key: size for key, size in given.items() if size is not None})
         file = None if pretrained is None else Path(pretrained)
-        if file and not file.is_file():
-            if tower != named:
+        if file and file.is_file():
+            for source, facts in _known_of(file):
+                _require(source, facts, model, tower)
+        elif file:
+            if replace(tower, tile_size=named.tile_size) != named:
                 raise ValueError(
                     f"{pretrained!r} is no file, and a tag's tower has the sizes of its model "
-                    f"({named}): correct the path, or leave the sizes out"
+                    f"({named}): correct the path, or leave the sizes out (but for tile_size)"
                 )
-            file = _download(model, str(file), tower.quick_gelu)
+            file = _download(model, str(file), tower)
 
         self.width = tower.width
         self.grid = tower.tile_size // tower.patch_size
@@ -134,6 +149,18 @@ class MetaCLIP(VisionEncoder):
         _, patches = self.visual(tiles)
         return patches
 
+    def summary(self, tiles: Tensor) -> Tensor:
+        """The class token of each normalised tile after the last norm, ``[N, V]``."""
+        token, _ = self.visual(tiles)
+        return token
+
+    def adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Resize ``visual.positional_embedding [1 + G * G, V]``, the class token's row first."""
+        adapted, key = dict(state), "visual.positional_embedding"
+        if key in state:
+            adapted[key] = resize_positions(state[key], self.grid, first=1)
+        return adapted
+
     def _load(self, file: Path) -> None:
         from open_clip.factory import load_state_dict
 
@@ -144,11 +171,11 @@ class MetaCLIP(VisionEncoder):
             if key.startswith("visual.") and key != "visual.proj"
         }
         try:
-            self.load_state_dict(tower)
-        except RuntimeError as error:
+            self.load_state_dict(self.adapt(tower))
+        except (RuntimeError, ValueError) as error:
             raise ValueError(
-                f"{file} holds no CLIP tower of these sizes; tile_size, patch_size, width, layers "
-                f"and mlp_ratio must be the checkpoint's (positions are not interpolated): {error}"
+                f"{file} holds no CLIP tower of these sizes; patch_size, width, layers and "
+                f"mlp_ratio must be the checkpoint's: {error}"
             ) from error
 
 
@@ -181,11 +208,57 @@ def _named(model: str) -> Tower:
     )
 
 
-def _download(model: str, tag: str, quick_gelu: bool) -> Path:
+def _known_of(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What is known of the weights in a file, and from where, for ``_require``."""
+    import open_clip
+
+    description = file.with_name(DESCRIPTION)
+    if description.is_file():
+        content = json.loads(description.read_text())
+        yield str(description), {**content["model_cfg"], **content["preprocess_cfg"]}
+    for pair in open_clip.list_pretrained():
+        source = open_clip.get_pretrained_cfg(*pair)
+        if "/metaclip/" in source["url"] and source["url"].endswith(f"/{file.name}"):
+            yield f"{file} (by its name the tag {pair[1]!r})", source
+
+
+def _require(source: str, facts: Mapping[str, Any], model: str, tower: Tower) -> None:
+    """Refuse a tower unlike the trained one in what no weight shows.
+
+    Args:
+        source: where the facts come from.
+        facts: in open_clip's terms: ``quick_gelu``, ``mean`` and ``std`` of the preprocessing, and
+            ``vision_cfg`` where it is known. What is left out is open_clip's default.
+        model: the model asked for.
+        tower: its tower, perhaps of other sizes.
+
+    Raises:
+        ValueError: activation, preprocessing or heads differ.
+    """
+    trained_with_quick_gelu = bool(facts.get("quick_gelu"))
+    if trained_with_quick_gelu != tower.quick_gelu:
+        cure = model.removesuffix(QUICK) + QUICK * trained_with_quick_gelu
+        raise ValueError(
+            f"{source}: trained with "
+            f"{'QuickGELU' if trained_with_quick_gelu else 'plain GELU'}, but {model!r} has the "
+            f"other activation: every feature would be slightly wrong. Use model={cure!r}"
+        )
+    if tuple(facts.get("mean", MEAN)) != MEAN or tuple(facts.get("std", STD)) != STD:
+        raise ValueError(f"{source}: not trained with CLIP's preprocessing, which this tower has")
+    if "vision_cfg" in facts:
+        head_width = facts["vision_cfg"].get("head_width", 64)
+        if tower.width != tower.heads * head_width:
+            raise ValueError(
+                f"{source}: its heads are {head_width} wide, but width {tower.width} in "
+                f"{tower.heads} heads makes {tower.width // tower.heads}: correct heads"
+            )
+
+
+def _download(model: str, tag: str, tower: Tower) -> Path:
     """The checkpoint of a pretrained tag, from open_clip's cache or the network.
 
     Raises:
-        ValueError: there is no such tag, or its preprocessing or activation are not this model's.
+        ValueError: there is no such tag, or its preprocessing or activation are not the tower's.
     """
     import open_clip
 
@@ -195,14 +268,5 @@ def _download(model: str, tag: str, quick_gelu: bool) -> Path:
     if not source:
         tags = sorted(open_clip.list_pretrained_tags_by_model(base))
         raise ValueError(f"{tag!r} is no file and no tag of {model!r}, whose tags are {tags}")
-    trained_with_quick_gelu = bool(source.get("quick_gelu"))
-    if trained_with_quick_gelu != quick_gelu:
-        raise ValueError(
-            f"the tag {tag!r} was trained with "
-            f"{'QuickGELU' if trained_with_quick_gelu else 'plain GELU'}, but {model!r} has the "
-            f"other activation: every feature would be slightly wrong. "
-            f"Use model={base + QUICK * trained_with_quick_gelu!r}"
-        )
-    if (source["mean"], source["std"]) != (MEAN, STD):
-        raise ValueError(f"the tag {tag!r} was not trained with CLIP's preprocessing")
+    _require(f"the tag {tag!r}", source, model, tower)
     return Path(open_clip.download_pretrained(source))

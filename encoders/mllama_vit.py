@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoders.base import VisionEncoder
+from encoders.positions import resize_positions
 
 MULTIPLE = 8  # the tokens of a tile are padded to a multiple of this
 
@@ -140,6 +141,17 @@ class MllamaVision(VisionEncoder):
             kept = torch.stack([outputs[layer] for layer in self.intermediate_layers], dim=-1)
             x = torch.cat((x, kept.flatten(-2)), dim=-1)
         return x.view(math.prod(images), -1, self.width)[places, :tokens]
+
+    def adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Resize the positions in a tile and in an image; the class token's row is the first."""
+        adapted = dict(state)
+        if (table := state.get("position.patch")) is not None:
+            adapted["position.patch"] = resize_positions(table, self.grid, first=1)
+        if (table := state.get("position.tile.weight")) is not None:
+            tiles = table.view(len(table) * self.max_tiles, -1, len(self.class_token))
+            resized = resize_positions(tiles, self.grid, first=1)
+            adapted["position.tile.weight"] = resized.view(len(table), -1)
+        return adapted
 
     def _places(
         self, tiles: int, arrangement: Sequence[Sequence[int]] | None

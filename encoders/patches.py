@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from encoders.base import VisionEncoder
+from encoders.positions import resize_line
 
 
 class Patches(VisionEncoder):
@@ -52,3 +53,12 @@ class Patches(VisionEncoder):
         pixels = cut.reshape(N, G * G, self.embed.in_features)  # of a patch in (c, y, x) order
         position = (self.row + self.column).view(G * G, self.width)
         return self.norm(self.embed(pixels) + position)
+
+    def adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Resize the positions of rows ``[G, 1, V]`` and columns ``[1, G, V]`` to this grid."""
+        adapted = dict(state)
+        if "row" in state:
+            adapted["row"] = resize_line(state["row"].squeeze(1), self.grid).unsqueeze(1)
+        if "column" in state:
+            adapted["column"] = resize_line(state["column"].squeeze(0), self.grid).unsqueeze(0)
+        return adapted

@@ -6,7 +6,8 @@
 
 Both models have the same weights; before anything is timed, what both compute is compared.
 Contenders take turns (A B A B ...), and a ratio is taken within a round before the median. Leave
-the machine alone meanwhile: load is reported, not corrected.
+the machine alone meanwhile: load is reported, not corrected. One section has other peers: ``media``
+compares the reading of images and videos with plain loops of Pillow and decord.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from experiments.bench_chart import draw
 from experiments.bench_gpu import gpu
 from experiments.bench_loss import loss
 from experiments.bench_measure import Bench, Row, Skip
+from experiments.bench_media import media
 from experiments.bench_models import transformers
 from experiments.bench_parts import attention, length, moe
 from experiments.bench_report import machine, print_section, write_json
@@ -35,7 +37,7 @@ from sandbox.runs import new_run_dir
 
 SECTIONS: dict[str, Callable[[Bench], Iterator[Row | Skip]]] = {
     section.__name__: section
-    for section in (train, floor, prefill, decode, attention, moe, loss, length, gpu)
+    for section in (train, floor, prefill, decode, attention, moe, loss, length, media, gpu)
 }
 
 

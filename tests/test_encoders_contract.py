@@ -139,6 +139,40 @@ def test_gradients_reach_every_parameter(cls: type[VisionEncoder]) -> None:
 
 
 @every_encoder
+def test_summary_is_one_feature_of_each_tile(cls: type[VisionEncoder]) -> None:
+    """Guards against summaries that mix tiles, or are left over from other weights' gradients."""
+    encoder = build(cls).eval()
+    pixels = encoder.normalize(tiles(encoder, 3))
+    summary = encoder.summary(pixels)
+    assert summary.shape == (3, encoder.width)
+    alone = torch.cat([encoder.summary(tile[None]) for tile in pixels])
+    torch.testing.assert_close(summary, alone, rtol=1e-5, atol=1e-5)
+    encoder.zero_grad()
+    (summary * torch.randn_like(summary)).sum().backward()
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
+@every_encoder
+@pytest.mark.parametrize("factor", [2, 0.5])
+def test_weights_fit_another_tile_size(cls: type[VisionEncoder], factor: float) -> None:
+    """Guards against a forgotten table of positions, and one resized in the wrong order of rows."""
+    encoder = build(cls)
+    size = int(factor * encoder.tile_size)
+    other = cls(**{**encoder.init_args, "tile_size": size})
+    state = encoder.state_dict()
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    adapted = other.adapt(state)
+    other.load_state_dict(adapted)
+    assert all(torch.equal(state[name], kept[name]) for name in kept)
+    assert other(other.normalize(tiles(other, 1))).isfinite().all()
+
+    same = encoder.adapt(state)
+    assert state.keys() == same.keys() == adapted.keys()
+    assert all(torch.equal(state[name], same[name]) for name in state)
+    assert not encoder.adapt({})  # a part of an encoder is adapted as far as it goes
+
+
+@every_encoder
 def test_same_seed_same_features(cls: type[VisionEncoder]) -> None:
     """Guards against randomness outside the seed, in building or in (training-mode) running."""
     first, second = build(cls), build(cls)

@@ -3,10 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
 import torch
+from open_clip.push_to_hf_hub import save_config_for_hf
 from safetensors.torch import save_file
 from torch import nn
 
@@ -64,6 +66,8 @@ def test_features_of_a_local_checkpoint(tmp_path: Path, quick_gelu: bool, contai
         torch.testing.assert_close(
             encoder(pixels), reference(model.visual, pixels), rtol=0, atol=1e-6
         )
+        pooled = encoder.summary(pixels) @ model.visual.proj
+        torch.testing.assert_close(pooled, model.encode_image(pixels), rtol=0, atol=1e-5)
 
 
 def test_activation_follows_the_model() -> None:
@@ -135,12 +139,102 @@ def test_wrong_arguments_name_the_cure(arguments: dict[str, object], message: st
         MetaCLIP(**arguments)
 
 
-@pytest.mark.parametrize(("size", "value"), [("tile_size", 40), ("width", 48), ("layers", 2)])
+@pytest.mark.parametrize(("size", "value"), [("patch_size", 16), ("width", 48), ("layers", 2)])
 def test_a_checkpoint_of_other_sizes_is_refused(tmp_path: Path, size: str, value: int) -> None:
-    """Guards against partly loaded towers and against positions of another grid."""
+    """Guards against partly loaded towers."""
     torch.save(clip().state_dict(), tmp_path / "clip.pt")
     with pytest.raises(ValueError, match=r"clip.pt holds no CLIP tower of these sizes"):
         MetaCLIP(pretrained=str(tmp_path / "clip.pt"), **(SIZES | {size: value}))
+
+
+def test_a_checkpoint_fits_other_tiles(tmp_path: Path) -> None:
+    """Guards against positions resized otherwise than by open_clip, whose own tower is the oracle.
+
+    A tag does the same; its other sizes cannot be chosen.
+    """
+    model = clip()
+    state = model.state_dict()
+    torch.save(state, tmp_path / "clip.pt")
+    encoder = MetaCLIP(pretrained=str(tmp_path / "clip.pt"), **(SIZES | {"tile_size": 64})).eval()
+    assert encoder.grid == 8
+
+    vision = {"image_size": 64, "patch_size": 8, "width": 24, "layers": 3, "head_width": 8}
+    text = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
+    larger = open_clip.CLIP(
+        12, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text), quick_gelu=True
+    ).eval()
+    open_clip.model.resize_pos_embed(state, larger)
+    larger.load_state_dict(state)
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            encoder(pixels), reference(larger.visual, pixels), rtol=0, atol=1e-6
+        )
+
+
+def test_a_tag_fits_other_tiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Guards against a tile size that a tag refuses, like the sizes that it does fix."""
+    torch.save({"visual.positional_embedding": torch.randn(197, 768)}, tmp_path / "b16.pt")
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda source: tmp_path / "b16.pt")
+    monkeypatch.setattr(
+        MetaCLIP, "load_state_dict", lambda self, state: shapes.extend(map(len, state.values()))
+    )
+    shapes: list[int] = []
+    with torch.device("meta"):
+        encoder = MetaCLIP("ViT-B-16-quickgelu", "metaclip_fullcc", tile_size=448)
+    assert (encoder.grid, shapes) == (28, [1 + 28**2])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, None),
+        ({"quick_gelu": False}, "plain GELU.*Use model='ViT-B-16'"),
+        ({"mean": (0.5, 0.5, 0.5)}, "preprocessing"),
+        ({"std": (0.5, 0.5, 0.5)}, "preprocessing"),
+        ({"head_width": 12}, "12 wide.*correct heads"),
+    ],
+)
+def test_a_description_beside_the_file_is_believed(
+    tmp_path: Path, given: dict[str, Any], message: str | None
+) -> None:
+    """Guards against features slightly wrong where the files say how they would be right.
+
+    open_clip writes the description itself, as it does for the Hugging Face hub.
+    """
+    vision = {"width": 24, "head_width": given.get("head_width", 8)}
+    model = clip()
+    model.visual.image_mean = given.get("mean", MEAN)
+    model.visual.image_std = given.get("std", STD)
+    save_config_for_hf(
+        model,
+        tmp_path / "open_clip_config.json",
+        {"quick_gelu": given.get("quick_gelu", True), "vision_cfg": vision},
+    )
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    arguments = {"pretrained": str(tmp_path / "open_clip_model.safetensors"), **SIZES}
+    if message is None:
+        MetaCLIP(**arguments)
+    else:
+        with pytest.raises(ValueError, match=f"open_clip_config.json: .*{message}"):
+            MetaCLIP(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "cure"),
+    [
+        ("b16_fullcc2.5b.pt", "ViT-B-16", "ViT-B-16-quickgelu"),
+        ("h14_v1.2_altogether.pt", "ViT-H-14-quickgelu", "ViT-H-14"),
+    ],
+)
+def test_a_released_file_is_known_by_its_name(
+    tmp_path: Path, name: str, model: str, cure: str
+) -> None:
+    """Guards against a file fetched by hand that loses the check which its tag would have had."""
+    torch.save(clip().state_dict(), tmp_path / name)
+    with pytest.raises(ValueError, match=f"by its name the tag .*Use model='{cure}'"):
+        MetaCLIP(model=model, pretrained=str(tmp_path / name), **SIZES)
+    MetaCLIP(model=cure, pretrained=str(tmp_path / name), **SIZES)
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
@@ -185,17 +279,20 @@ def test_importing_the_file_does_not_import_open_clip() -> None:
 
 
 @pytest.mark.slow
-def test_features_of_the_real_architecture(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["clip.pt", "clip.safetensors"])
+def test_features_of_the_real_architecture(tmp_path: Path, name: str) -> None:
     """Guards against a tower that equals open_clip's at toy sizes only (heads, norms, depth)."""
     torch.manual_seed(0)
     model = open_clip.create_model("ViT-B-16-quickgelu", load_weights=False).eval()
-    save_file(model.state_dict(), tmp_path / "clip.safetensors")
-    encoder = MetaCLIP("ViT-B-16-quickgelu", str(tmp_path / "clip.safetensors")).eval()
+    save = save_file if name.endswith("safetensors") else torch.save
+    save(model.state_dict(), tmp_path / name)
+    encoder = MetaCLIP("ViT-B-16-quickgelu", str(tmp_path / name)).eval()
     pixels = torch.randn(2, 3, 224, 224)
-    model.visual.output_tokens = True
+    model.visual.output_tokens, model.visual.proj = True, None
     with torch.no_grad():
-        pooled, patches = model.visual(pixels)
+        token, patches = model.visual(pixels)
         torch.testing.assert_close(encoder(pixels), patches, rtol=0, atol=1e-6)
+        torch.testing.assert_close(encoder.summary(pixels), token, rtol=0, atol=1e-6)
         torch.testing.assert_close(patches, reference(model.visual, pixels), rtol=0, atol=1e-6)
-    assert pooled.shape == (2, 512)
+    assert token.shape == (2, 768)
     assert patches.shape == (2, 196, 768)

@@ -16,7 +16,6 @@ from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from encoders.patches import Patches
 from fusion.early import EarlyFusion
@@ -26,6 +25,7 @@ from sandbox.checkpoint import KEY, load_model
 from sandbox.data.charts import Charts
 from sandbox.data.module import VQAData
 from sandbox.errors import UserError
+from sandbox.train import monitors
 from sandbox.train.callbacks import (
     AtomicCheckpointIO,
     Checkpoints,
@@ -39,8 +39,6 @@ from sandbox.train.monitors import (
     RoutingMonitor,
     SampleImages,
     Throughput,
-    grouped_mm_flops,
-    matmul_peak,
     routing_sums,
 )
 from sandbox.train.optim import OptimizerConfig
@@ -62,10 +60,15 @@ def module() -> Pretrain:
 
 
 def fit(
-    folder: Path, *callbacks: Callback, model: Pretrain | None = None, **options: Any
+    folder: Path,
+    *callbacks: Callback,
+    model: Pretrain | None = None,
+    task: Charts | None = None,
+    **options: Any,
 ) -> Trainer:
     """Train for a few steps of two samples."""
-    data = VQAData(Charts(size=32, questions_per_image=2), batch_size=2, val_samples=2)
+    task = task or Charts(size=32, questions_per_image=2)
+    data = VQAData(task, batch_size=2, val_samples=2)
     defaults: dict[str, Any] = {"max_steps": 4, "limit_val_batches": 0, "logger": False}
     trainer = Trainer(
         accelerator="cpu",
@@ -264,19 +267,6 @@ def test_routing_monitor_logs_shares(tmp_path):
         assert 0 < float(routed[0][f"routing/entropy/layer1/{name}"]) <= 1.3863
 
 
-def test_flops_of_grouped_matmul():
-    """Guards against experts that the FLOP counter passes over: 0 instead of 3 matmuls."""
-    experts = Experts(4, 8, 16)
-    for parameter in experts.parameters():
-        nn.init.ones_(parameter)
-    x = torch.randn(10, 8, requires_grad=True)
-    ends = torch.tensor([3, 3, 7, 10], dtype=torch.int32)
-    mapping = {torch.ops.aten._grouped_mm: grouped_mm_flops}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        experts(x, ends).square().sum().backward()
-    assert counter.get_total_flops() == 3 * 2 * 10 * (8 * 32 + 16 * 8)
-
-
 def test_throughput_counts_a_real_step(tmp_path):
     """Guards against a utilization of nothing: uncounted attention, experts or backward pass."""
     throughput = Throughput()
@@ -295,11 +285,45 @@ def test_throughput_counts_a_real_step(tmp_path):
     assert 0 < metrics["throughput/utilization"] < 1
 
 
-def test_matmul_peak_leaves_random_numbers_alone():
-    """Guards against a measurement that changes the training it measures."""
-    before = torch.get_rng_state()
-    assert matmul_peak(torch.device("cpu"), torch.float32, seconds=0.01) > 1e8
-    assert torch.equal(torch.get_rng_state(), before)
+@pytest.mark.parametrize(("validate_after", "share"), [(None, 12 / 14), (3, 6 / 8)])
+def test_waiting_for_data_is_told_from_training(tmp_path, monkeypatch, validate_after, share):
+    """Guards against loading that passes for training, and validation that passes for loading.
+
+    On a clock that this test turns: a batch of two samples takes 6 s, a step 1 s, and what other
+    callbacks do after validation 100 s. The figure is of the last two steps.
+    """
+    now = [0.0]
+
+    class SlowCharts(Charts):
+        def sample(self, split, index):
+            now[0] += 3.0
+            return super().sample(split, index)
+
+    class SlowStep(Pretrain):
+        def training_step(self, batch, batch_idx):
+            now[0] += 1.0
+            return super().training_step(batch, batch_idx)
+
+    class Drawing(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            now[0] += 100.0
+
+    monkeypatch.setattr(monitors, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(monitors, "matmul_peak", lambda device, dtype: 1e9)
+    model = module()
+    model.__class__ = SlowStep
+    options = {"limit_val_batches": 1, "val_check_interval": validate_after}
+    trainer = fit(
+        tmp_path,
+        Throughput(),
+        Drawing(),
+        model=model,
+        task=SlowCharts(size=32, questions_per_image=2),
+        **(options if validate_after else {}),
+    )
+    assert trainer.callback_metrics["throughput/data_wait"] == pytest.approx(share)
+    seconds = 14 if validate_after is None else 8
+    assert trainer.callback_metrics["throughput/samples_per_s"] == pytest.approx(4 / seconds)
 
 
 def test_sample_images_reach_tensorboard(tmp_path):

@@ -24,6 +24,7 @@ from sandbox.data.batch import Batch
 from sandbox.data.module import VQAData
 from sandbox.data.prompt import Prompt
 from sandbox.data.task import Question
+from sandbox.train.flops import grouped_mm_flops, matmul_peak
 
 # --- Routing --------------------------------------------------------------------------------------
 
@@ -121,7 +122,9 @@ class Throughput(Callback):
     ``throughput/utilization`` divides the FLOPs that forward and backward execute by what one large
     matmul of the same precision achieved on this device when training started. FLOPs are counted
     over the first step and scaled by batch shape; optimizer, data loading and logging take time
-    but count as no FLOPs. Tokens do not include padding; time in validation is left out.
+    but count as no FLOPs. ``throughput/data_wait`` is the share of time between batches: loading,
+    or waiting for workers that do (and callbacks listed after this one; a GPU may go on meanwhile).
+    Tokens do not include padding; time from validation to the next batch is left out.
     """
 
     def __init__(self) -> None:
@@ -133,7 +136,9 @@ class Throughput(Callback):
 
     def _clear(self) -> None:
         self._since: float | None = None
+        self._stopped: float | None = None
         self._samples = self._places = 0
+        self._waited = self._ended = 0.0
         self._tokens: Tensor | int = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -147,13 +152,19 @@ class Throughput(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Count the FLOPs of the first step."""
+        """Count the FLOPs of the first step, and the time since the last one."""
+        now = time.perf_counter()
         if self._flops_per_place is None:
             mapping = {torch.ops.aten._grouped_mm: grouped_mm_flops}
             self._counter = FlopCounterMode(display=False, custom_mapping=mapping)
             self._counter.__enter__()
         elif self._since is None:
-            self._since = time.perf_counter()
+            self._since = now
+        elif self._stopped is None:
+            self._waited += now - self._ended
+        else:
+            self._since += now - self._stopped
+        self._stopped = None
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -185,6 +196,7 @@ class Throughput(Callback):
         self._places += batch.tokens.numel()
         self._samples += len(batch.tokens)
         if not _is_due(trainer):
+            self._ended = time.perf_counter()
             return
         flops = self._places * self._flops_per_place
         tokens = int(self._tokens)  # waits for the device, so the time below is complete
@@ -195,45 +207,17 @@ class Throughput(Callback):
                 "throughput/tokens_per_s": trainer.world_size * tokens / seconds,
                 "throughput/samples_per_s": trainer.world_size * self._samples / seconds,
                 "throughput/utilization": flops / seconds / self._peak,
+                "throughput/data_wait": self._waited / seconds,
             },
             prog_bar=True,
             batch_size=1,
         )
         self._clear()
-        self._since = time.perf_counter()
+        self._since = self._ended = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock."""
+        """Stop the clock until the next batch: other callbacks may still draw or save."""
         self._stopped = time.perf_counter()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the clock run on."""
-        if self._since is not None:
-            self._since += time.perf_counter() - self._stopped
-
-
-def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """FLOP/s of one large square matmul: the best of those that fit into ``seconds``."""
-    n = 1024 if device.type == "cpu" else 8192
-    generator = torch.Generator(device).manual_seed(0)  # leaves the global one alone
-    a = torch.randn(n, n, device=device, generator=generator).to(dtype)
-    best, start = float("inf"), time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        begin = time.perf_counter()
-        a @ a
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * n**3 / best
-
-
-def grouped_mm_flops(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
-    """FLOPs of ``torch._grouped_mm``, which torch's own counter does not know.
-
-    Groups split the rows of a (``[M, K] x [E, K, N]``, forward) or the contraction
-    (``[K, M] x [M, N]``, the weights' gradient), so every row is multiplied once.
-    """
-    return 2 * a[-2] * a[-1] * b[-1]
 
 
 # --- Pictures -------------------------------------------------------------------------------------
