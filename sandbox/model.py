@@ -58,6 +58,9 @@ class VisionLanguageModel(nn.Module):
         backbone: configuration of the decoder.
         tokenizer: of no more tokens than the backbone reads, which may have rows to spare (Llama 4
             has). None if token ids come from elsewhere: such a model reads batches, no prompts.
+        max_tiles: most tiles of an image's grid (see ``sandbox.data.tiling``); 1 shows every image
+            to the encoder as one tile. The encoder takes each tile by itself: early fusion tells
+            the decoder their order, while to cross-attention they are a set.
 
     Raises:
         UserError: the tokenizer has more tokens than the backbone.
@@ -69,6 +72,8 @@ class VisionLanguageModel(nn.Module):
         fusion: FusionBuilder | None,
         backbone: BackboneConfig,
         tokenizer: Tokenizer | None,
+        *,
+        max_tiles: int = 1,
     ) -> None:
         super().__init__()
         if (encoder is None) != (fusion is None):
@@ -85,13 +90,14 @@ class VisionLanguageModel(nn.Module):
             self.fusion = fusion(encoder.width, encoder.grid, backbone.width)
         self.backbone = Backbone(backbone)
         self.tokenizer = tokenizer
+        self.max_tiles = max_tiles
 
     @property
     def prompts(self) -> PromptEncoder:
         """Turns prompts and samples into what this model reads.
 
         Raises:
-            UserError: the model has no tokenizer.
+            UserError: the model has no tokenizer, or max_tiles is below 1.
         """
         if self.tokenizer is None:
             raise UserError(
@@ -100,32 +106,53 @@ class VisionLanguageModel(nn.Module):
             )
         if self.encoder is None or self.fusion is None:
             return PromptEncoder(self.tokenizer, tile_size=1, tokens_per_tile=0)
-        return PromptEncoder(self.tokenizer, self.encoder.tile_size, self.fusion.tokens_per_tile)
+        sizes = (self.encoder.tile_size, self.fusion.tokens_per_tile, self.max_tiles)
+        return PromptEncoder(self.tokenizer, *sizes)
 
-    def fuse(self, batch: Batch) -> Fused:
-        """Embeddings of a batch with its images in place; text alone never meets the encoder."""
-        embeds = self.backbone.embed(batch.tokens)
+    def features(self, batch: Batch) -> Tensor | None:
+        """Patch features ``[N, P, V]`` of the batch's tiles; None, text never meets the encoder.
+
+        Raises:
+            UserError: a language model is shown images, or placeholders stand for none.
+        """
         if not len(batch.tiles):
             if bool(batch.patches.any()):
                 raise UserError(
                     f"{batch.name or 'the batch'}: {int(batch.patches.sum())} image placeholders "
                     "but no image"
                 )
-            return Fused(embeds)
-        if self.encoder is None or self.fusion is None:
+            return None
+        if self.encoder is None:
             raise UserError(
                 f"{batch.name or 'the batch'} holds {len(batch.tiles)} image tiles, and the model "
                 "is a language model: it reads text alone"
             )
-        features = self.encoder(self.encoder.normalize(batch.tiles))
+        return self.encoder(self.encoder.normalize(batch.tiles))
+
+    def fuse(self, batch: Batch, features: Tensor | None = None) -> Fused:
+        """Embeddings of a batch with its images in place.
+
+        ``features`` are the batch's, for who has them already.
+        """
+        embeds = self.backbone.embed(batch.tokens)
+        features = self.features(batch) if features is None else features
+        if features is None or self.fusion is None:
+            return Fused(embeds)
         return self.fusion(embeds, features, batch)
 
-    def forward(self, batch: Batch | None = None, *, tokens: Tensor | None = None) -> Output:
+    def forward(
+        self,
+        batch: Batch | None = None,
+        *,
+        tokens: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Output:
         """Loss and bookkeeping of a batch, see ``Output``.
 
         Args:
             batch: what a task or prompts gave.
             tokens: instead of a batch, int64 ``[B, T]`` of text alone; the loss is then 0.
+            features: of the batch's tiles, for who has them already.
 
         Raises:
             ValueError: both or neither are given.
@@ -135,7 +162,7 @@ class VisionLanguageModel(nn.Module):
         if tokens is not None:
             batch = Batch.of(tokens)
         assert batch is not None
-        fused = self.fuse(batch)
+        fused = self.fuse(batch, features)
         plain = batch.documents is None and batch.branches is None
         decoded = self.backbone(
             embeds=fused.embeds,
@@ -213,4 +240,5 @@ class VisionLanguageModel(nn.Module):
         } | {
             "backbone": asdict(self.backbone.config),
             "tokenizer": self.tokenizer and self.tokenizer.to_json(),
+            "max_tiles": self.max_tiles,
         }

@@ -11,8 +11,9 @@ from PIL import Image as PILImage
 from fusion.layout import IMAGE, PATCH, image_span
 from sandbox.data.batch import IGNORE, Example
 from sandbox.data.media import load_image
-from sandbox.data.prompt import Image, Loss, Prompt, PromptEncoder, Turn, Video
+from sandbox.data.prompt import MAX_IMAGES, Image, Loss, Prompt, PromptEncoder, Turn, Video
 from sandbox.data.task import Question, Sample
+from sandbox.data.tiling import cut
 from sandbox.errors import UserError
 from sandbox.tokenizer import Tokenizer
 
@@ -315,7 +316,62 @@ def test_tiles_are_whole_images_without_transparency() -> None:
     wide = PILImage.new("RGBA", (8, 2), (0, 0, 0, 0))
     wide.paste((255, 0, 0, 255), (4, 0, 8, 2))  # the right half is red, the left transparent
     tile = encoder().encode(Prompt.ask("?", [wide])).tiles[0]
-    assert [tuple(int(v) for v in tile[:, 2, x]) for x in (0, 3)] == [(255, 255, 255), (255, 0, 0)]
+    assert [tuple(int(v) for v in tile[:, 0, x]) for x in (0, 3)] == [(255, 255, 255), (255, 0, 0)]
+    assert not tile[:, 1:].any(), "an image keeps its shape, and what is left of its tile is black"
+
+
+@pytest.mark.parametrize("tokens_per_tile", [0, 1, 4])
+@pytest.mark.parametrize("max_tiles", [1, 2, 4, 9])
+def test_tiled_images_have_a_place_for_every_feature(tokens_per_tile: int, max_tiles: int) -> None:
+    """Guards against a grid whose rows and columns are swapped on the way to the tokens."""
+    sizes = [(1, 1), (SIZE, SIZE), (30, 3), (3, 30), (11, 6), (6, 11), (1, 200)]
+    images = [PILImage.new("RGB", size, "red") for size in sizes]
+    encode = PromptEncoder(TOKENIZER, SIZE, tokens_per_tile, max_tiles)
+    example = encode.encode(Prompt.ask("What?", images), reply=True)
+    cuts = [cut(image, SIZE, max_tiles) for image in images]
+    assert example.patches.sum() == tokens_per_tile * len(example.tiles)
+    assert (example.tiles == np.concatenate([tiles.pixels for tiles in cuts])).all()
+    # Every tile of an image is seen from where the image's span begins.
+    spans = [ids(*image_span(tokens_per_tile, tiles.rows, tiles.columns)) for tiles in cuts]
+    first = int(np.flatnonzero(example.tokens == spans[0][0])[0])
+    for span, tiles in zip(spans, cuts, strict=True):
+        assert list(example.tokens[first : first + len(span)]) == span
+        own = example.tile_starts == first
+        assert own.sum() == len(tiles.pixels)
+        first += len(span)
+    assert list(example.tile_starts) == sorted(example.tile_starts)
+
+
+def test_a_tiled_sample_equals_asking() -> None:
+    """Guards against training on one tile and answering from several."""
+    encode = PromptEncoder(TOKENIZER, SIZE, 2, max_tiles=4)
+    shown = sample("7", images=2, times=(0.0, 2.0))
+    trained = encode.encode_sample(shown)
+    video = Video(shown.images, (0.0, 2.0))
+    asked = encode.encode(Prompt([Turn("user", [video, shown.questions[0].text])]), reply=True)
+    assert list(asked.tokens) == list(trained.tokens[: len(asked)])
+    assert list(asked.tile_starts) == list(trained.tile_starts)
+    assert len(trained.tiles) == 2 * (4 + 1)
+    assert (asked.tiles == trained.tiles).all()
+
+
+def test_more_images_than_any_model_saw_are_refused() -> None:
+    """Guards against a long video that quietly takes the model beyond all it was trained on."""
+    many = Video([RED] * 47, range(47))
+    full = Prompt([Turn("user", [Image(RED), "and", many]), Turn("user", ["what?"])])
+    assert len(encoder(0).encode(full).tiles) == MAX_IMAGES == 48
+    over = Prompt([*full.turns, Turn("user", [Image(RED), Image(BLUE)])])
+    with pytest.raises(UserError, match=r"the prompt holds 50 images .*at most 48"):
+        encoder(0).encode(over)
+    frames = Sample((RED,) * 49, (Question("?", "7", "kind"),), "content", tuple(range(49)))
+    with pytest.raises(UserError, match=r"sample content holds 49 images .*at most 48"):
+        encoder(0).encode_sample(frames)
+
+
+def test_no_tiles_at_all_are_refused() -> None:
+    """Guards against max_tiles: 0 in a configuration, an error deep in the search for a grid."""
+    with pytest.raises(UserError, match="max_tiles is 0: an image takes at least 1"):
+        PromptEncoder(TOKENIZER, SIZE, 2, max_tiles=0)
 
 
 def test_sixteen_bit_images_keep_their_shades(tmp_path: Path) -> None:

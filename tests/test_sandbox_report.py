@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image as PILImage
@@ -14,7 +15,7 @@ from encoders.patches import Patches
 from fusion.early import EarlyFusion
 from sandbox.backbone.config import BackboneConfig
 from sandbox.data.charts import Charts
-from sandbox.data.task import Task
+from sandbox.data.task import Question, Sample, Task
 from sandbox.evals.controls import Blind
 from sandbox.evals.run import Record, Score, Summary, evaluate, with_replies
 from sandbox.model import VisionLanguageModel
@@ -198,6 +199,20 @@ def test_architecture_counts_the_model(model: VisionLanguageModel, task: Task):
     assert design.prompt.grid == 2
     words = "".join(token or "" for token in design.prompt.tokens)
     assert task.sample("test", 0).questions[0].text in words
+
+
+def test_pieces_of_a_tiled_picture_are_those_of_its_tiles(model: VisionLanguageModel, monkeypatch):
+    """Guards against a drawing that cuts the tokens of a tile from the picture as a whole."""
+    picture = PILImage.effect_noise((60, 30), 90)
+    sample = Sample((picture,), (Question("How many?", "3", "count"),), "content")
+    assert architecture(model, sample).prompt.picture.size == (32, 32)
+    monkeypatch.setattr(model, "max_tiles", 2)
+    design = architecture(model, sample)
+    assert design.prompt.tokens.count(None) == 3 * model.fusion.tokens_per_tile
+    assert design.prompt.picture.size == (32, 3 * 32)
+    first = np.asarray(design.prompt.picture)[:30, :, 0]
+    assert (first == np.asarray(picture)[:, :32]).all()
+    assert "up to 2 tiles" in design.stages[0].detail
 
 
 def test_gallery_shows_wrong_and_right_answers(model: VisionLanguageModel, task: Task):

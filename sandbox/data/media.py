@@ -1,5 +1,8 @@
-"""Images from disk and their way to uint8 tiles."""
+"""Images from disk, as RGB images of Pillow, and their way to uint8 tiles."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -8,42 +11,53 @@ from PIL import ImageOps, UnidentifiedImageError
 
 from sandbox.errors import UserError
 
+MAX_IMAGE_PIXELS = 80_000_000  # 320 MB decoded; below the size at which Pillow starts to warn
+
 
 class MediaError(UserError):
-    """An image could not be read; the message names the file and the cause in one line."""
+    """An image or video could not be read; the message names file and cause in one line."""
 
 
 def load_image(path: str | Path) -> PILImage.Image:
     """Read an image completely, upright (EXIF), as RGB; transparency falls on white.
 
     Raises:
-        MediaError: the file is missing, no image, or cut short.
+        MediaError: the file is missing, no image, cut short, larger than ``MAX_IMAGE_PIXELS``, or
+            holds several frames or pages.
     """
-    path = Path(path)
+    name, path = f"image {path}", existing_file(path, "image")
     try:
-        with PILImage.open(path) as file:
-            file.load()
-            return as_rgb(ImageOps.exif_transpose(file))
-    except FileNotFoundError:
-        raise MediaError(f"image {path}: no such file") from None
+        file = open_image(name, path)
     except UnidentifiedImageError:
-        raise MediaError(f"image {path}: not an image file that Pillow can read") from None
-    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
-        raise MediaError(f"image {path}: cannot be decoded ({error})") from None
+        raise MediaError(f"{name}: not an image file that Pillow can read") from None
+    with file, reading(name):
+        # The second picture of an MPO is a phone's preview or depth map, not another page.
+        if getattr(file, "is_animated", False) and file.format != "MPO":
+            raise MediaError(
+                f"{name}: holds several frames or pages: pass an animation as a video, "
+                "or save the one that is meant"
+            )
+        file.load()
+        ImageOps.exif_transpose(file, in_place=True)
+        return as_rgb(file)
 
 
 def as_rgb(image: PILImage.Image) -> PILImage.Image:
-    """The image in RGB; transparent parts show white."""
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):  # 16 bits a pixel: convert() would clip all but black to white
-        eight_bits = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
-        return PILImage.fromarray(eight_bits).convert("RGB")
+    """The image in RGB; transparent parts show white.
+
+    Whole numbers beyond 8 bits are 16-bit grey. Floats are grey in 0..1, or in 0..255 if any is
+    larger than 1.
+    """
+    if image.mode.startswith("I"):  # convert() would clip all but black to white
+        return _grey(np.asarray(image) >> 8)
+    if image.mode == "F":
+        shades = np.nan_to_num(np.asarray(image))
+        return _grey(shades if shades.max() > 1 else shades * 255)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = PILImage.new("RGBA", rgba.size, "white")
         return PILImage.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def to_tile(image: PILImage.Image, tile_size: int) -> np.ndarray:
@@ -52,3 +66,47 @@ def to_tile(image: PILImage.Image, tile_size: int) -> np.ndarray:
     if image.size != (tile_size, tile_size):
         image = image.resize((tile_size, tile_size), PILImage.Resampling.BILINEAR)
     return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
+
+
+def _grey(shades: np.ndarray) -> PILImage.Image:
+    return PILImage.fromarray(shades.clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def existing_file(path: str | Path, kind: str) -> Path:
+    """The path of a file that is there and not empty."""
+    path = Path(path)
+    if path.is_dir():
+        raise MediaError(f"{kind} {path}: is a folder, not a file")
+    if not path.exists():
+        raise MediaError(f"{kind} {path}: no such file")
+    if not path.stat().st_size:
+        raise MediaError(f"{kind} {path}: the file is empty")
+    return path
+
+
+def open_image(name: str, path: Path, formats: tuple[str, ...] | None = None) -> PILImage.Image:
+    """An image of which the header alone is read, and which is not too large to decode."""
+    with reading(name):
+        try:
+            file = PILImage.open(path, formats=formats)
+            pixels = file.width * file.height
+            if pixels <= MAX_IMAGE_PIXELS:
+                return file
+            file.close()
+        except PILImage.DecompressionBombError as error:  # at twice the size that Pillow warns of
+            pixels = int(re.findall(r"\d+", str(error))[0])
+        raise MediaError(
+            f"{name}: {pixels:,} pixels, and at most {MAX_IMAGE_PIXELS:,} are decoded: "
+            "make it smaller"
+        )
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turn what Pillow's parsers raise on a broken file, which may be anything, into one line."""
+    try:
+        yield
+    except (MediaError, UnidentifiedImageError):
+        raise
+    except Exception as error:
+        raise MediaError(f"{name}: cannot be decoded ({error})") from None

@@ -3,7 +3,7 @@
 One prompt object serves every fusion: a fusion only says how many placeholders a tile takes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,12 +12,14 @@ from PIL import Image as PILImage
 
 from fusion.layout import PATCH, frame_mark, image_span
 from sandbox.data.batch import IGNORE, Example
-from sandbox.data.media import to_tile
 from sandbox.data.task import Sample
+from sandbox.data.tiling import cut
 from sandbox.errors import UserError
 from sandbox.tokenizer import Tokenizer
 
 Loss = Literal["answer", "text"]
+
+MAX_IMAGES = 48  # of one prompt: as many as Llama 4 saw in pre-training (Meta's announcement)
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,16 @@ def context(sample: Sample) -> list[Segment]:
     return [Image(image) for image in sample.images]
 
 
+def _check_images(segments: Iterable[Segment], *, of: str) -> None:
+    """Refuse more than ``MAX_IMAGES`` images; every frame of a video is one."""
+    images = sum(len(s.frames) if isinstance(s, Video) else isinstance(s, Image) for s in segments)
+    if images > MAX_IMAGES:
+        raise UserError(
+            f"{of} holds {images} images (video frames count), but at most {MAX_IMAGES} may stand "
+            "in one prompt: show fewer, or sample fewer frames"
+        )
+
+
 @dataclass
 class _Stream:
     """Tokens as they are written, each with what an ``Example`` stores beside it."""
@@ -91,7 +103,7 @@ class _Stream:
     branches: list[int] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)  # the answer this token spells, or -1
     learn: list[bool] = field(default_factory=list)  # is this token a target?
-    tiles: list[np.ndarray] = field(default_factory=list)
+    tiles: list[np.ndarray] = field(default_factory=list)  # of each image
     tile_starts: list[int] = field(default_factory=list)  # where the span of each tile begins
     position: int = 0
     branch: int = 0
@@ -114,11 +126,21 @@ class PromptEncoder:
         tokenizer: text to ids.
         tile_size: S, pixels a side of the encoder's tiles.
         tokens_per_tile: placeholders that a tile takes in the prompt, as the fusion declares.
+        max_tiles: most tiles of an image's grid; with more than one, a large image is seen at more
+            than one tile's resolution (see ``tiling``), and its global tile comes on top.
+
+    Raises:
+        UserError: max_tiles is below 1.
     """
 
     tokenizer: Tokenizer
     tile_size: int
     tokens_per_tile: int
+    max_tiles: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_tiles < 1:
+            raise UserError(f"max_tiles is {self.max_tiles}: an image takes at least 1 tile")
 
     def encode(self, prompt: Prompt, *, loss: Loss = "answer", reply: bool = False) -> Example:
         """Encode a conversation in Llama 4's chat format.
@@ -129,10 +151,12 @@ class PromptEncoder:
             reply: end with an open assistant header, so that the model may answer.
 
         Raises:
-            UserError: the prompt has no turn, or an assistant turn is empty or not just text.
+            UserError: the prompt has no turn or too many images, or an assistant turn is empty or
+                not just text.
         """
         if not prompt.turns:
             raise UserError("a prompt needs at least one turn")
+        _check_images((s for turn in prompt.turns for s in turn.content), of="the prompt")
         stream, kinds = self._start(), list[str]()
         for turn in prompt.turns:
             if turn.role != "assistant":
@@ -164,13 +188,15 @@ class PromptEncoder:
             position    0      1       2     3   |     4         5     |     4         5
 
         Raises:
-            UserError: the sample has no question, or an answer is empty.
+            UserError: the sample has no question or too many images, or an answer is empty.
         """
         if not sample.questions:
             raise UserError(f"sample {sample.content} has no question")
+        shown = context(sample)
+        _check_images(shown, of=f"sample {sample.content}")
         stream = self._start()
         self._header(stream, "user")
-        self._content(stream, context(sample), learn=False)
+        self._content(stream, shown, learn=False)
         trunk = stream.position
         for number, question in enumerate(sample.questions):
             stream.branch, stream.position = number + 1, trunk
@@ -216,9 +242,11 @@ class PromptEncoder:
                         self._image(stream, frame)
 
     def _image(self, stream: _Stream, image: PILImage.Image) -> None:
-        stream.tiles.append(to_tile(image, self.tile_size))
-        stream.tile_starts.append(len(stream.tokens))
-        stream.write([self.tokenizer.special(name) for name in image_span(self.tokens_per_tile)])
+        tiles, rows, columns = cut(image, self.tile_size, self.max_tiles)
+        stream.tiles.append(tiles)
+        stream.tile_starts += [len(stream.tokens)] * len(tiles)
+        span = image_span(self.tokens_per_tile, rows, columns)
+        stream.write([self.tokenizer.special(name) for name in span])
 
     def _finish(self, stream: _Stream, kinds: Sequence[str]) -> Example:
         tokens = np.array(stream.tokens, dtype=np.int64)
@@ -240,6 +268,6 @@ class PromptEncoder:
             answers=answers,
             patches=tokens == self.tokenizer.special(PATCH),
             kinds=tuple(kinds),
-            tiles=np.stack(stream.tiles) if stream.tiles else no_tiles,
+            tiles=np.concatenate([no_tiles, *stream.tiles]),
             tile_starts=np.array(stream.tile_starts, dtype=np.int64),
         )

@@ -107,6 +107,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
     },
 }
+# Most tiles of an image's grid, by default of Meta's chat format (``max_num_chunks``) and of
+# transformers' image processor (``max_patches``).
+LLAMA4_TILES = 16
 _NULLABLE = ("num_key_value_heads", "head_dim", "attention_chunk_size")
 # What may stand for a default of each type. In old files a switch may be a number.
 _TYPES: dict[type, Any] = {
@@ -134,7 +137,7 @@ def describe(config: Mapping[str, Any], *, has_head: bool) -> dict[str, Any]:
     """
     if config.get("quantization_config"):
         raise UserError("quantization_config: quantised weights have to be dequantised first")
-    encoder, fusion = None, None
+    encoder, fusion, max_tiles = None, None, 1
     match config.get("model_type"):
         case "llama":
             backbone = _llama(_Section("llama", config))
@@ -144,6 +147,7 @@ def describe(config: Mapping[str, Any], *, has_head: bool) -> dict[str, Any]:
             backbone = _llama4(_Section("llama4_text", config, "text_config"))
             vision = _Section("llama4_vision", config, "vision_config")
             encoder, fusion = _llama4_vision(vision, backbone)
+            max_tiles = LLAMA4_TILES
         case "mllama":
             text = _Section("mllama_text", config, "text_config")
             vision = _Section("mllama_vision", config, "vision_config")
@@ -158,6 +162,7 @@ def describe(config: Mapping[str, Any], *, has_head: bool) -> dict[str, Any]:
         "fusion": fusion,
         "backbone": asdict(backbone),
         "tokenizer": None,
+        "max_tiles": max_tiles,
     }
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice, zip_longest
 
+import numpy as np
 from PIL import Image as PILImage
 
 from sandbox.data.prompt import Prompt as Question
@@ -26,11 +27,12 @@ def architecture(model: VisionLanguageModel, sample: Sample) -> Architecture:
     shared = ", one expert shared by all tokens" if config.experts and config.shared_expert else ""
     chunks = "everywhere" if config.chunk is None else f"in chunks of {config.chunk:,}"
     tokens = fusion.tokens_per_tile
+    tiles = f"up to {model.max_tiles} tiles and one of all, " if model.max_tiles > 1 else ""
     return Architecture(
         params_total=total,
         params_active=total - text["total"] + text["active"],
         stages=[
-            Stage("Picture", f"{encoder.tile_size} × {encoder.tile_size} pixels"),
+            Stage("Picture", f"{tiles}{encoder.tile_size} × {encoder.tile_size} pixels"),
             Stage(type(encoder).__name__, f"{encoder.grid**2} patches of width {encoder.width}"),
             Stage(type(fusion).__name__, f"{tokens or 'no'} tokens of width {config.width}"),
             Stage("Decoder", f"{config.layers} layers of width {config.width}{shared}"),
@@ -58,7 +60,8 @@ def _prompt(model: VisionLanguageModel, sample: Sample) -> Prompt:
         None if patch else prompts.tokenizer.decode([token], skip_special=False)
         for token, patch in zip(example.tokens.tolist(), example.patches.tolist(), strict=True)
     ]
-    return Prompt(sample.images[0], round(prompts.tokens_per_tile**0.5), words)
+    column = np.concatenate(example.tiles.transpose(0, 2, 3, 1))
+    return Prompt(PILImage.fromarray(column), round(prompts.tokens_per_tile**0.5), words)
 
 
 def gallery(

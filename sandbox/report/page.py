@@ -40,7 +40,8 @@ class Gallery:
 class Prompt:
     """A prompt as the decoder reads it: words, and ``None`` for each token cut from the picture.
 
-    ``grid`` is the number of such tokens along a side of the picture.
+    ``picture`` holds the tiles, one below the other; ``grid`` is the number of such tokens along a
+    side of a tile.
     """
 
     picture: PILImage.Image
