@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -64,10 +65,34 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in TRAINER_COMMANDS.items():  # listed for the help; main() dispatches them
         commands.add_parser(name, help=text, add_help=False)
 
-    ask = commands.add_parser("ask", help="put a question about images to a checkpoint")
+    stages = commands.add_parser(
+        "stages", help="train a ladder of stages for several arms and seeds, and compare the arms"
+    )
+    stages.add_argument("file", type=Path, help="see sandbox/stages/plan.py")
+    stages.add_argument("--out", type=Path, help="new, or one to go on in (default: under runs/)")
+    stages.add_argument("--seeds", type=_seeds, help="of the file's, such as 0,1 (default: all)")
+    stages.add_argument("--arms", type=_names, help='of the file\'s, such as "a,b" (default: all)')
+    stages.add_argument("--jobs", type=_positive, default=1, help="runs at a time (default: 1)")
+    stages.add_argument("--dry-run", action="store_true", help="print the commands, run none")
+    stages.set_defaults(handler=_stages)
+
+    ask = commands.add_parser("ask", help="put a question about images and videos to a checkpoint")
     ask.add_argument("question")
     ask.add_argument("--checkpoint", type=Path, required=True, help="file or run directory")
     ask.add_argument("--image", type=Path, action="append", default=[], help="may be repeated")
+    ask.add_argument(
+        "--video",
+        type=Path,
+        action="append",
+        default=[],
+        help="a file, or a folder of frames; may be repeated, and comes after the images",
+    )
+    shown = ask.add_mutually_exclusive_group()
+    shown.add_argument(
+        "--frames", type=_positive, help="so many of each video, evenly spread (default: 8)"
+    )
+    shown.add_argument("--fps", type=_rate, help="so many a second of video")
+    shown.add_argument("--times", type=_seconds, help="those that show at these seconds: 0.5,1,2")
     ask.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
     ask.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: 1 = off)")
     ask.add_argument("--top-k", type=int, default=0, help="of the k likeliest (default: 0 = all)")
@@ -93,6 +118,47 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (imported, exported):
         command.add_argument("--dtype", choices=DTYPES, default="keep", help="default: keep")
 
+    curated = commands.add_parser(
+        "curate", help="keep a balanced choice of captions, as MetaCLIP does"
+    )
+    curated.add_argument(
+        "inputs", type=Path, nargs="+", metavar="IN.jsonl", help="records; may be gzipped"
+    )
+    curated.add_argument("--out", type=Path, required=True, help="a new or empty directory")
+    metadata = curated.add_mutually_exclusive_group(required=True)
+    metadata.add_argument(
+        "--metadata", type=Path, metavar="FILE", help="entries: a .json list, or one a line"
+    )
+    metadata.add_argument(
+        "--build-metadata",
+        type=_positive,
+        metavar="N",
+        help="entries: words and bigrams that the captions have at least N times",
+    )
+    balance = curated.add_mutually_exclusive_group()
+    balance.add_argument(
+        "--threshold",
+        type=_positive,
+        metavar="T",
+        help="entries in up to T captions keep them all, others about T",
+    )
+    balance.add_argument(
+        "--tail",
+        type=_share,
+        default=0.06,
+        metavar="SHARE",
+        help="the T for which such entries hold this share of all matches (default: 0.06)",
+    )
+    curated.add_argument("--text-key", default="caption", help="default: caption")
+    curated.add_argument("--seed", type=int, default=0, help="seed of the choice (default: 0)")
+    curated.add_argument(
+        "--jobs", type=_positive, default=1, help="processes, one file each (default: 1)"
+    )
+    curated.add_argument(
+        "--keep-matches", action="store_true", help="list a record's entries under 'metadata'"
+    )
+    curated.set_defaults(handler=_curate)
+
     params = commands.add_parser("params", help="a preset's parameters, memory and KV cache")
     params.add_argument("preset", nargs="?", help="default: all presets")
     params.add_argument(
@@ -114,16 +180,48 @@ def _quickstart(args: argparse.Namespace) -> int:
     return 0
 
 
+def _stages(args: argparse.Namespace) -> int:
+    from sandbox.runs import new_run_dir
+    from sandbox.stages.plan import Ladder, plan
+    from sandbox.stages.run import run, script
+
+    try:
+        ladder = Ladder.read(args.file).choose(args.seeds, args.arms)
+    except UserError as error:
+        return _fail(str(error), code=2)
+    if args.dry_run:
+        print("\n".join(script(plan(ladder, args.out or Path("OUT")), args.jobs)))
+        return 0
+    out = args.out or new_run_dir(f"stages-{args.file.stem}")
+    print(f"output directory: {out} (to go on there: --out {out})", flush=True)
+    failed = run(plan(ladder, out), out, at_once=args.jobs)
+
+    from sandbox.stages.report import report
+
+    if text := report(ladder, out):
+        print(f"\n{text}\nreport: {out / 'report.md'}")
+    if failed:
+        listed = "; ".join(f"{name} ({why})" for name, why in failed.items())
+        raise UserError(f"{len(failed)} runs of {out} did not finish: {listed}")
+    return 0
+
+
 def _ask(args: argparse.Namespace) -> int:
+    which = {name: getattr(args, name) for name in ("frames", "fps", "times")}
+    if not args.video and any(which.values()):
+        return _fail("--frames, --fps and --times choose from a --video, and there is none", code=2)
+
     # Files first: a mistyped path should not wait for torch to load.
     from sandbox.data.media import load_image
+    from sandbox.data.video import load_video
     from sandbox.runs import find_weights
 
     checkpoint = find_weights(args.checkpoint)
     images = [load_image(path) for path in args.image]
+    clips = [load_video(path, **which) for path in args.video]
 
     from sandbox.checkpoint import load_model
-    from sandbox.data.prompt import Prompt
+    from sandbox.data.prompt import Image, Prompt, Turn, Video
     from sandbox.generate import Sampling
 
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
@@ -132,8 +230,11 @@ def _ask(args: argparse.Namespace) -> int:
         Sampling(**sampling)
     except UserError as error:
         return _fail(str(error), code=2)
+    prompt = Prompt(
+        [Turn("user", [*map(Image, images), *(Video(*clip) for clip in clips), args.question])]
+    )
     answer, shown = "", 0
-    for _, piece in load_model(checkpoint).stream([Prompt.ask(args.question, images)], **sampling):
+    for _, piece in load_model(checkpoint).stream([prompt], **sampling):
         answer += piece
         # White space at the end waits for what follows it, and at the start it is never shown.
         print(answer.strip()[shown:], end="", flush=True)
@@ -161,6 +262,20 @@ def _export_hf(args: argparse.Namespace) -> int:
 
     shards = export_hf(checkpoint, args.directory, args.dtype, args.shard_size)
     print(f"{args.directory} ({shards} file{'s' * (shards > 1)} of weights)")
+    return 0
+
+
+def _curate(args: argparse.Namespace) -> int:
+    from sandbox.curate.run import Options, curate
+
+    names = ("out", "metadata", "threshold", "tail", "text_key", "seed", "jobs", "keep_matches")
+    chosen = {name: getattr(args, name) for name in names}
+    try:
+        options = Options(tuple(args.inputs), least_count=args.build_metadata, **chosen)
+    except UserError as error:
+        return _fail(str(error), code=2)
+    print(curate(options).summary())
+    print(args.out)
     return 0
 
 
@@ -211,6 +326,36 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seeds(text: str) -> list[int]:
+    if not all(seed.isdecimal() for seed in text.split(",")):
+        raise argparse.ArgumentTypeError(f"must be whole numbers such as 0,1, got '{text}'")
+    return list(map(int, text.split(",")))
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got '{text}'")
+    return rate
+
+
+def _seconds(text: str) -> list[float]:
+    try:
+        times = list(map(float, text.split(",")))
+    except ValueError:
+        times = [-1.0]
+    if times[0] < 0 or not all(a < b for a, b in pairwise([*times, float("inf")])):
+        raise argparse.ArgumentTypeError(f"must be seconds that increase, as 0.5,1,2, got '{text}'")
+    return times
+
+
 def _gigabytes(text: str) -> float:
     try:
         size = float(text)
@@ -219,6 +364,16 @@ def _gigabytes(text: str) -> float:
     if not 0 < size < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number of GB above 0, got '{text}'")
     return size
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, got '{text}'")
+    return share
 
 
 def _tokens(text: str) -> int:

@@ -30,8 +30,9 @@ from sandbox.train.callbacks import Checkpoints, NonFiniteGuard, RunRecord
 
 HELP = (
     "Beside the options below: --name NAME names the run (default: the first configuration file); "
-    "for fit, --resume PATH goes on in a run directory, or from a checkpoint inside one, with the "
-    "configuration saved there, which later files and options override."
+    "--out DIR is its directory, new or empty; for fit, --resume PATH goes on in a run directory, "
+    "or from a checkpoint inside one, with the configuration saved there, which later files and "
+    "options override."
 )
 
 
@@ -39,11 +40,15 @@ def run(subcommand: str, argv: Sequence[str]) -> None:
     """Parse ``argv`` (see ``HELP``) and run one subcommand of the trainer in a run directory."""
     ours = argparse.ArgumentParser(prog=f"sandbox {subcommand}", add_help=False, allow_abbrev=False)
     ours.add_argument("--name")
+    ours.add_argument("--out", type=Path)
     if subcommand == "fit":
         ours.add_argument("--resume")
     flags, rest = ours.parse_known_args(argv)
-    run_dir = checkpoint = None
-    if resume := getattr(flags, "resume", None):
+    resume = getattr(flags, "resume", None)
+    if flags.out and (resume or flags.name):
+        raise UserError("--out says where a new run goes: leave out --name and --resume")
+    run_dir, checkpoint = flags.out and _claim(flags.out), None
+    if resume:
         run_dir, checkpoint = resume_point(resume)
         rest = ["--config", str(run_dir / CONFIG), *rest]
     SandboxCLI(subcommand, rest, name=flags.name, run_dir=run_dir, checkpoint=checkpoint)
@@ -207,13 +212,27 @@ class _KeepConfig(SaveConfigCallback):
         path.write_text(text)
 
 
+def _claim(run_dir: Path) -> Path:
+    """Create a directory that no run has written to.
+
+    Raises:
+        UserError: it holds something.
+    """
+    if _first_process():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if any(run_dir.iterdir()):
+            raise UserError(f"--out {run_dir}: not empty; a run needs a directory of its own")
+    return run_dir
+
+
 def _first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def _hush() -> None:
-    """Keep advertisements, and a warning Lightning gives itself, from hiding what a run says."""
+    """Keep advertisements and idle warnings from hiding what a run says."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # a frozen LM
     talker = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     talker.addFilter(lambda record: "Tip:" not in record.getMessage())
 
