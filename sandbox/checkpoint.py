@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from encoders.base import VisionEncoder
 from fusion.base import Fusion
@@ -67,8 +67,11 @@ def build_model(description: Mapping[str, Any]) -> VisionLanguageModel:
         return VisionLanguageModel(None, None, config, tokenizer)
     encoder = _component(description["encoder"], VisionEncoder)
     fusion = _component(description["fusion"], Fusion)
+    max_tiles = description.get("max_tiles", 1)  # absent before images were tiled
     # A fusion's description holds all its arguments, the three widths among them.
-    return VisionLanguageModel(encoder(), lambda *_: fusion(), config, tokenizer)
+    return VisionLanguageModel(
+        encoder(), lambda *_: fusion(), config, tokenizer, max_tiles=max_tiles
+    )
 
 
 def _tokenizer(description: Mapping[str, Any]) -> Tokenizer | None:
@@ -98,10 +101,20 @@ def save_model(model: VisionLanguageModel, path: str | Path, **facts: Any) -> No
     tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
     if model.backbone.config.tied:
         del tensors["backbone.head.weight"]  # the embedding's: safetensors refuses shared memory
-    path = Path(path)
+    write_safetensors(tensors, description, Path(path))
+
+
+def write_safetensors(
+    tensors: Mapping[str, Tensor], description: Mapping[str, Any], path: Path
+) -> None:
+    """Write tensors and what they are to a file, or leave what was there untouched.
+
+    Raises:
+        UserError: it could not be written.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        save_file(tensors, partial, metadata={KEY: json.dumps(description)})
+        save_file(dict(tensors), partial, metadata={KEY: json.dumps(description)})
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
@@ -196,27 +209,26 @@ def load_weights(model: VisionLanguageModel, tensors: Mapping[str, Tensor], *, s
     model.load_state_dict(_with_head(model, tensors))
 
 
-def _with_head(model: VisionLanguageModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _with_head(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors and, where a checkpoint leaves it to the embedding, the head."""
     tensors = dict(tensors)
-    if model.backbone.config.tied and "backbone.embed.weight" in tensors:
+    tied = isinstance(model, VisionLanguageModel) and model.backbone.config.tied
+    if tied and "backbone.embed.weight" in tensors:
         tensors.setdefault("backbone.head.weight", tensors["backbone.embed.weight"])
     return tensors
 
 
-def check_weights(
-    model: VisionLanguageModel, tensors: Mapping[str, Tensor], *, source: str
-) -> None:
+def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
     """Refuse tensors that are not this model's.
 
     Raises:
         UserError: tensors are missing, unexpected or misshapen; the message names them.
     """
-    if found := _differences(model.state_dict(), _with_head(model, tensors)):
+    if found := differences(model.state_dict(), _with_head(model, tensors)):
         raise UserError(f"checkpoint {source} is of another configuration: {found}")
 
 
-def _differences(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+def differences(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
     """How tensors differ from one's own in names and shapes; empty if they do not."""
     misshapen = [
         f"{name} ({'x'.join(map(str, tensors[name].shape))} there, "
@@ -316,7 +328,7 @@ def _import(directory: Path, dtype: torch.dtype | str | None) -> Imported:
     transfers = plan(model_type, description, layout)
     own = model.state_dict()
     expected = {n: x for t in transfers for n, x in t.to_theirs(own[t.ours]).items()}
-    if found := _differences(expected, tensors):
+    if found := differences(expected, tensors):
         raise UserError(f"{directory}: the tensors do not fit {files.CONFIG}: {found}")
     weights = to_ours(transfers, tensors, _dtype(dtype))
     return Imported(_adopt(model, weights), {"config": config, "layout": layout}, note)

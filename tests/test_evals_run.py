@@ -11,7 +11,9 @@ from fusion.early import EarlyFusion
 from sandbox.backbone.config import BackboneConfig
 from sandbox.data.batch import collate
 from sandbox.data.charts import Charts
-from sandbox.data.prompt import Prompt
+from sandbox.data.clips import Clips
+from sandbox.data.pictures import Pictures
+from sandbox.data.prompt import Image, Prompt, Video
 from sandbox.data.task import Question, Sample, Task
 from sandbox.errors import UserError
 from sandbox.evals.metrics import exact_match
@@ -19,6 +21,7 @@ from sandbox.evals.run import (
     Record,
     evaluate,
     expert_load,
+    reorder,
     summarize,
     with_replies,
     write_predictions,
@@ -98,7 +101,7 @@ def test_shuffling_changes_every_image_and_no_question(
     monkeypatch.setattr(
         VisionLanguageModel,
         "fuse",
-        lambda self, batch: tiles.append(batch.tiles) or fuse(self, batch),
+        lambda self, batch, *rest: tiles.append(batch.tiles) or fuse(self, batch, *rest),
     )
     own = evaluate(model, task, "test", 7, batch_size=4)
     shuffled = evaluate(model, task, "test", 7, batch_size=4, images="shuffled")
@@ -138,6 +141,96 @@ def test_shuffling_avoids_samples_that_show_the_same(model: VisionLanguageModel)
     assert [record.shown for record in records] == [2, 3, 0, 1]
     with pytest.raises(UserError, match="evaluate more samples"):
         evaluate(model, Repeats("aaab"), "test", 4, images="shuffled")
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 6, 8])
+def test_another_order_moves_every_image(count: int):
+    """Guards against frames that keep their place, and against orders that keep what they should
+    destroy: all frames turned around, or the clip begun elsewhere.
+    """
+    orders = {tuple(reorder(count, f"{content:x}")) for content in range(200)}
+    places = tuple(range(count))
+    for order in orders:
+        assert sorted(order) == list(places)
+        assert all(place != old for place, old in zip(places, order, strict=True))
+    rolled = {places[n:] + places[:n] for n in range(count)}
+    assert len(orders) == (count - 1 if count < 4 else len(orders))
+    assert len(orders) >= min(count - 1, 4)
+    assert count < 4 or not orders & {places[::-1], *rolled}
+    assert reorder(count, "ab12") == reorder(count, "ab12"), "the same in every process"
+    assert reorder(1, "ab12") is None
+
+
+@pytest.mark.parametrize(
+    "ordered", [Pictures(images=[3]), Clips(frames=4)], ids=["labels", "times"]
+)
+def test_reordering_moves_images_and_nothing_else(
+    model: VisionLanguageModel, ordered: Task, monkeypatch: pytest.MonkeyPatch
+):
+    """Guards against times or labels that move along with their images, which would change
+    nothing, and against replies and predictions that had the true order after all.
+    """
+    tiles, prompts = list[torch.Tensor](), list[Prompt]()
+    fuse = VisionLanguageModel.fuse
+    monkeypatch.setattr(
+        VisionLanguageModel,
+        "fuse",
+        lambda self, batch, *rest: tiles.append(batch.tiles) or fuse(self, batch, *rest),
+    )
+    monkeypatch.setattr(
+        VisionLanguageModel,
+        "generate",
+        lambda self, asked, **_: prompts.extend(asked) or ["?"] * len(asked),
+    )
+    own = evaluate(model, ordered, "test", 5)
+    moved = evaluate(model, ordered, "test", 5, images="reordered")
+    assert [(r.question, r.index, r.shown) for r in own] == [
+        (r.question, r.index, r.shown) for r in moved
+    ]
+    assert {r.images for r in own} == {"own"}
+    assert {r.images for r in moved} == {"reordered"}
+    first, second = (seen.unflatten(0, (5, -1)) for seen in tiles)
+    for index in range(5):
+        order = reorder(first.shape[1], ordered.sample("test", index).content)
+        assert torch.equal(second[index], first[index, order])
+
+    with_replies(model, ordered, [replace(record, correct=False) for record in moved])
+    for record, prompt in zip(moved, prompts, strict=True):
+        sample = ordered.sample("test", record.index)
+        order = reorder(len(sample.images), sample.content)
+        expected = [sample.images[place].tobytes() for place in order]
+        said = prompt.turns[0].content
+        if isinstance(said[0], Video):
+            assert [frame.tobytes() for frame in said[0].frames] == expected
+            assert tuple(said[0].times) == sample.times
+        else:
+            pictures = [part for part in said if isinstance(part, Image)]
+            assert [picture.pixels.tobytes() for picture in pictures] == expected
+            assert tuple(part for part in said[:-1] if isinstance(part, str)) == sample.labels
+
+
+def test_samples_of_one_image_have_no_other_order(model: VisionLanguageModel):
+    """Guards against a control that counts what it could not change."""
+    assert evaluate(model, Charts(size=32), "test", 3, images="reordered") == []
+
+
+def test_exchanged_pictures_go_by_the_names_that_the_question_uses(
+    model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+):
+    """Guards against a blind control that asks for a letter which stands nowhere."""
+    prompts: list[Prompt] = []
+    monkeypatch.setattr(
+        VisionLanguageModel,
+        "generate",
+        lambda self, asked, **_: prompts.extend(asked) or ["?"] * len(asked),
+    )
+    task = Pictures(images=[2], questions=["color"])
+    shuffled = evaluate(model, task, "test", 4, images="shuffled")
+    with_replies(model, task, [replace(record, correct=False) for record in shuffled])
+    for record, prompt in zip(shuffled, prompts, strict=True):
+        label, image, *_ = prompt.turns[0].content
+        assert label == task.sample("test", record.index).labels[0]
+        assert image.pixels.tobytes() == task.sample("test", record.shown).images[0].tobytes()
 
 
 def test_an_empty_split_is_an_error(model: VisionLanguageModel):
@@ -200,6 +293,7 @@ def test_predictions_are_stored_whole(tmp_path):
         "shown": 3,
         "correct": True,
         "reply": "é",
+        "images": "own",
         "question": "Wie groß?",
         "answer": "é",
         "kind": "value",

@@ -14,7 +14,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = ("encoders", "fusion", "sandbox")
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
-CONFIGURATIONS = sorted([*ROOT.glob("experiments/*.yaml"), *ROOT.glob("sandbox/*.yaml")])
+LADDERS = sorted(ROOT.glob("experiments/*/ladder.yaml"))
+CONFIGURATIONS = sorted(
+    {*ROOT.glob("experiments/**/*.yaml"), *ROOT.glob("sandbox/*.yaml")} - {*LADDERS}
+)
 
 
 def module_of(path: Path) -> str:
@@ -82,6 +85,8 @@ ALLOWED = {
     "sandbox.checkpoint": (*MODEL, "sandbox.huggingface"),
     "sandbox.train": (*MODEL, "sandbox.train"),
     "sandbox.evals": EVALS,
+    "sandbox.stages": (*BASICS, "sandbox.evals", "sandbox.stages"),
+    "sandbox.curate": ("sandbox.errors", "sandbox.curate"),
 }
 
 
@@ -191,6 +196,14 @@ def test_every_configuration_is_valid(path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(SandboxCLI, "instantiate_classes", lambda self: None)
     monkeypatch.setattr(SandboxCLI, "_run_subcommand", lambda self, subcommand: None)
     assert SandboxCLI("fit", ["--config", str(path)]).config.fit.model.class_path
+
+
+@pytest.mark.parametrize("path", LADDERS, ids=lambda path: path.parent.name)
+def test_every_ladder_is_valid(path: Path, tmp_path: Path) -> None:
+    """A ladder that names a stage or a file that is gone fails after hours, at that stage."""
+    from sandbox.stages.plan import Ladder, plan
+
+    assert plan(Ladder.read(path), tmp_path)
 
 
 # --- What the README says -------------------------------------------------------------------------

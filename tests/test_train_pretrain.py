@@ -102,5 +102,5 @@ def test_impossible_wishes_are_refused(tmp_path: Path):
         module(freeze=["encodr"])
     with pytest.raises(UserError, match="leaves nothing to train"):
         module(freeze=["encoder", "fusion", "backbone"])
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="no such checkpoint"):
         module(init_from=str(tmp_path / "none.ckpt"))

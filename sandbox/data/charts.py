@@ -111,16 +111,15 @@ def _tell(scene: Scene) -> str:
     """The scene in words, in drawing order.
 
     >>> _tell(Scene("bar", COLOR_THEME, (5, 0), ((7, 3),)))
-    'bar chart. blue: 7, red: 3.'
+    'bar chart: blue 7, red 3.'
     """
+    title = f", {scene.theme.title}" if scene.theme.title else ""
     told = []
     for period, column in zip(scene.periods, scene.columns, strict=True):
-        values = ", ".join(
-            f"{name}: {level * scene.unit}" for name, level in zip(scene.words, column, strict=True)
-        )
-        told.append(f"{period}: {values}." if period else f"{values}.")
-    title = f" {scene.theme.title}." if scene.theme.title else ""
-    return f"{scene.chart} chart.{title} {' '.join(told)}"
+        items = zip(scene.words, column, strict=True)
+        values = ", ".join(f"{name} {level * scene.unit}" for name, level in items)
+        told.append(f"{period}: {values}" if period else values)
+    return f"{scene.chart} chart{title}: {'; '.join(told)}."
 
 
 # --- Balance -------------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ from typing import TypeVar, get_args
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
-from sandbox.data.task import Question, Split, Task
+from sandbox.data.task import Question, Sample, Split, Task
 from sandbox.errors import UserError
 
 Answer = TypeVar("Answer")
+SHEET = (225, 225, 225)  # what a contact sheet is made of
 
 
 def fingerprint(*parts: object) -> str:
@@ -96,22 +97,13 @@ def contact_sheet(task: Task, split: Split, count: int, columns: int = 4) -> PIL
     """The first ``count`` samples of a split with their questions and answers, as one picture.
 
     Small images are enlarged by a whole factor, so that what the model sees can be judged.
-    Frames of a sample stand side by side.
+    Images of a sample stand side by side, under their labels or times.
     """
     samples = [task.sample(split, index) for index in range(count)]
     font = ImageFont.load_default(size=12)
     line = 15
-    zoom = max(1, 192 // samples[0].images[0].width)
     captions = [[f"{q.text} {q.answer}" for q in sample.questions] for sample in samples]
-    pictures = []
-    for sample in samples:
-        width, height = sample.images[0].size
-        strip = PILImage.new("RGB", (width * len(sample.images), height))
-        for place, image in enumerate(sample.images):
-            strip.paste(image, (place * width, 0))
-        pictures.append(
-            strip.resize((strip.width * zoom, strip.height * zoom), PILImage.Resampling.NEAREST)
-        )
+    pictures = [_strip(sample, font, line) for sample in samples]
     longest = max((font.getlength(text) for texts in captions for text in texts), default=0)
     cell_width = int(max(longest, *(picture.width for picture in pictures))) + 16
     cell_height = max(
@@ -121,7 +113,7 @@ def contact_sheet(task: Task, split: Split, count: int, columns: int = 4) -> PIL
     cell_height += 16
     columns = min(columns, count)
     rows = -(-count // columns)
-    sheet = PILImage.new("RGB", (cell_width * columns, cell_height * rows), (225, 225, 225))
+    sheet = PILImage.new("RGB", (cell_width * columns, cell_height * rows), SHEET)
     pen = ImageDraw.Draw(sheet)
     for place, (picture, texts) in enumerate(zip(pictures, captions, strict=True)):
         left, top = place % columns * cell_width + 8, place // columns * cell_height + 8
@@ -129,3 +121,23 @@ def contact_sheet(task: Task, split: Split, count: int, columns: int = 4) -> PIL
         for row, text in enumerate(texts):
             pen.text((left, top + picture.height + row * line), text, fill="black", font=font)
     return sheet
+
+
+def _strip(
+    sample: Sample, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, line: int
+) -> PILImage.Image:
+    """A sample's images in a row, enlarged, with what is written over each."""
+    width, height = sample.images[0].size
+    zoom = max(1, 192 // width if len(sample.images) == 1 else 96 // width)
+    step, gap = width * zoom, 4
+    names: Sequence[str] = sample.labels or [f"{time:.1f}s" for time in sample.times or ()]
+    head = line if names else 0
+    whole = len(sample.images) * (step + gap) - gap
+    strip = PILImage.new("RGB", (whole, head + height * zoom), SHEET)
+    pen = ImageDraw.Draw(strip)
+    for place, image in enumerate(sample.images):
+        large = image.resize((step, height * zoom), PILImage.Resampling.NEAREST)
+        strip.paste(large, (place * (step + gap), head))
+    for place, name in enumerate(names):
+        pen.text((place * (step + gap), 0), name, fill="black", font=font)
+    return strip

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image as PILImage
@@ -25,9 +26,21 @@ def load_image(path: str | Path) -> PILImage.Image:
         MediaError: the file is missing, no image, cut short, larger than ``MAX_IMAGE_PIXELS``, or
             holds several frames or pages.
     """
-    name, path = f"image {path}", existing_file(path, "image")
+    return decode_image(f"image {path}", existing_file(path, "image"))
+
+
+def decode_image(name: str, source: Path | IO[bytes]) -> PILImage.Image:
+    """Read an image as ``load_image`` does, from a path or from memory.
+
+    Args:
+        name: what to call it in a message.
+        source: where its bytes are.
+
+    Raises:
+        MediaError: see ``load_image``.
+    """
     try:
-        file = open_image(name, path)
+        file = open_image(name, source)
     except UnidentifiedImageError:
         raise MediaError(f"{name}: not an image file that Pillow can read") from None
     with file, reading(name):
@@ -84,11 +97,13 @@ def existing_file(path: str | Path, kind: str) -> Path:
     return path
 
 
-def open_image(name: str, path: Path, formats: tuple[str, ...] | None = None) -> PILImage.Image:
+def open_image(
+    name: str, source: Path | IO[bytes], formats: tuple[str, ...] | None = None
+) -> PILImage.Image:
     """An image of which the header alone is read, and which is not too large to decode."""
     with reading(name):
         try:
-            file = PILImage.open(path, formats=formats)
+            file = PILImage.open(source, formats=formats)
             pixels = file.width * file.height
             if pixels <= MAX_IMAGE_PIXELS:
                 return file

@@ -137,7 +137,7 @@ def _keep_tally(word: str, total: int) -> dict[int, float]:
 
 
 @cache
-def _stencil(shape: str, side: int) -> PILImage.Image:
+def stencil(shape: str, side: int) -> PILImage.Image:
     """A mask [side, side] of a shape that fills it, with smooth edges."""
     large = side * 8
     mask = PILImage.new("L", (large, large))
@@ -165,7 +165,7 @@ def _draw(things: list[Thing], size: int, grid: int) -> PILImage.Image:
         left = round((thing.column + 0.5) * size / grid - side / 2)
         top = round((thing.row + 0.5) * size / grid - side / 2)
         box = (left, top, left + side, top + side)
-        image.paste(COLORS[thing.color], box, _stencil(thing.shape, side))
+        image.paste(COLORS[thing.color], box, stencil(thing.shape, side))
     return image
 
 
@@ -232,10 +232,10 @@ class Shapes(Task):
         """The scene in words, row by row.
 
         >>> Shapes()._tell([Thing("circle", "red", 2, 1), Thing("square", "blue", 0, 0)])
-        'top left: blue square, bottom center: red circle.'
+        'top left blue square, bottom center red circle.'
         """
         in_order = sorted(things, key=lambda thing: (thing.row, thing.column))
-        told = (f"{place_name(t.row, t.column, self.grid)}: {t.color} {t.shape}" for t in in_order)
+        told = (f"{place_name(t.row, t.column, self.grid)} {t.color} {t.shape}" for t in in_order)
         return ", ".join(told) + "."
 
     def _random_things(self, heldout: bool, rng: random.Random) -> list[Thing]:

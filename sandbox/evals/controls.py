@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,25 +60,33 @@ class Blind:
 
 @dataclass(frozen=True)
 class Results:
-    """Every question and its answer: on unseen pictures, on held-out combinations, shuffled."""
+    """Every question and its answer: on unseen pictures, on held-out combinations, shuffled.
+
+    ``reordered``: about the same frames, or labelled pictures, in another order; else empty.
+    """
 
     own: list[Record]
     heldout: list[Record]
     shuffled: list[Record]
+    reordered: list[Record] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: VisionLanguageModel, task: Task, samples: int) -> "Results":
         """Ask about ``samples`` pictures of the test split, their own and each other's.
 
-        Held-out combinations are asked about too, where the task offers them.
+        Held-out combinations are asked about too, where the task offers them, and frames or
+        labelled pictures in another order, where a sample has several.
         """
         offers = task.size("heldout") != 0
+        first = task.sample("test", 0)
+        ordered = (first.times or first.labels) and len(first.images) > 1
         return cls(
             own=with_replies(model, task, evaluate(model, task, "test", samples)),
             heldout=with_replies(model, task, evaluate(model, task, "heldout", samples))
             if offers
             else [],
             shuffled=evaluate(model, task, "test", samples, images="shuffled"),
+            reordered=evaluate(model, task, "test", samples, images="reordered") if ordered else [],
         )
 
     @property
@@ -95,7 +103,7 @@ class Results:
     def summaries(self) -> tuple[Summary, Summary | None, Summary]:
         """Scores of ``own``, ``heldout`` (overall: ``combinations`` alone) and ``shuffled``."""
         heldout = None
-        if self.heldout:
+        if self.combinations:
             overall = Score.of([record.correct for record in self.combinations])
             heldout = replace(summarize(self.heldout), overall=overall)
         return summarize(self.own), heldout, summarize(self.shuffled)
@@ -103,12 +111,16 @@ class Results:
     @property
     def records(self) -> list[Record]:
         """All of them."""
-        return self.own + self.heldout + self.shuffled
+        return self.own + self.heldout + self.shuffled + self.reordered
 
 
 def scores(results: Results, blind: Blind) -> dict[str, Any]:
-    """Accuracies, their 95% intervals and the controls as plain values, by question type too."""
+    """Accuracies, their 95% intervals and the controls as plain values, by question type too.
+
+    What is about the order of images stands there only where the images have one.
+    """
     own, heldout, shuffled = results.summaries
+    reordered = summarize(results.reordered) if results.reordered else None
 
     def bounds(score: Score) -> list[float]:
         return [score.low, score.high]
@@ -119,7 +131,7 @@ def scores(results: Results, blind: Blind) -> dict[str, Any]:
     }
     if heldout:
         intervals["heldout_combination_accuracy"] = bounds(heldout.overall)
-    return {
+    summary: dict[str, Any] = {
         "accuracy": own.overall.accuracy,
         "heldout_combination_accuracy": heldout and heldout.overall.accuracy,
         "shuffled_image_accuracy": shuffled.overall.accuracy,
@@ -142,6 +154,12 @@ def scores(results: Results, blind: Blind) -> dict[str, Any]:
         },
         "questions": own.overall.n,
     }
+    if reordered:
+        summary["reordered_image_accuracy"] = reordered.overall.accuracy
+        intervals["reordered_image_accuracy"] = bounds(reordered.overall)
+        for kind, score in reordered.by_kind.items():
+            summary["by_question"][kind]["reordered"] = score.accuracy
+    return summary
 
 
 class Controls(Callback):
@@ -180,16 +198,21 @@ class Controls(Callback):
 
 def table(summary: dict[str, Any]) -> Table:
     """The output of ``scores`` for people: a row for each question type, a column a control."""
-    columns = ("accuracy", "heldout", "shuffled", "majority", "n")
-    drawn = Table("questions", *columns)
+    overall = {
+        "accuracy": "accuracy",
+        "heldout": "heldout_combination_accuracy",
+        "shuffled": "shuffled_image_accuracy",
+        "reordered": "reordered_image_accuracy",
+        "majority": "blind_majority_accuracy",
+    }
+    overall = {column: key for column, key in overall.items() if key in summary}
+    drawn = Table("questions", *overall, "n")
 
     def row(name: str, values: Iterable[float | None], n: int) -> None:
         drawn.add_row(name, *("-" if v is None else f"{v:.3f}" for v in values), f"{n:,}")
 
     for kind, found in summary["by_question"].items():
-        row(kind, (found[column] for column in columns[:-1]), found["n"])
+        row(kind, (found.get(column) for column in overall), found["n"])
     drawn.add_section()
-    overall = ("accuracy", "heldout_combination", "shuffled_image", "blind_majority")
-    keys = [name if name == "accuracy" else f"{name}_accuracy" for name in overall]
-    row("all", (summary[key] for key in keys), summary["questions"])
+    row("all", (summary[key] for key in overall.values()), summary["questions"])
     return drawn

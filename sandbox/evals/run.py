@@ -1,6 +1,7 @@
 """A model against a task: what it answers, and what it still answers without the right picture."""
 
 import json
+import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +19,7 @@ from sandbox.evals.metrics import wilson_interval
 from sandbox.generate import inference
 from sandbox.model import VisionLanguageModel
 
-Images = Literal["own", "shuffled"]
+Images = Literal["own", "shuffled", "reordered"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Record:
         question: its text, its type and the true answer.
         correct: whether greedy decoding gives exactly this answer.
         reply: the model's own words, where they were generated (see ``with_replies``).
+        images: how ``evaluate`` chose what the model saw.
     """
 
     split: Split
@@ -41,6 +43,7 @@ class Record:
     question: Question
     correct: bool
     reply: str | None = None
+    images: Images = "own"
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,10 @@ def evaluate(
     control: what a model still gets right, it did not see. Every sample's images are shown once,
     and never to a sample of the same content.
 
+    With ``images="reordered"`` they are asked about the sample's own images in another order, while
+    times and labels stay where they were: what a model still gets right, it did not read off the
+    order of frames, or off which picture is called what. Samples of one image are left out.
+
     Raises:
         UserError: the split is empty, or too small or too uniform to shuffle.
     """
@@ -98,23 +105,26 @@ def evaluate(
     samples = samples if size is None else min(samples, size)
     if samples < 1:
         raise UserError(f"the split '{split}' has no sample to evaluate on")
-    shift = 0 if images == "own" else _shift(task, split, samples)
+    shift = _shift(task, split, samples) if images == "shuffled" else 0
     records = []
     with inference(model):
         for start in range(0, samples, batch_size):
             indices = range(start, min(start + batch_size, samples))
-            shown = [(index + shift) % samples for index in indices]
-            asked = [task.sample(split, index) for index in indices]
-            if shift:
-                seen = [_swap(a, task.sample(split, i)) for a, i in zip(asked, shown, strict=True)]
-            else:
-                seen = asked
-            batch = _batch(model, seen, name=f"{split} {indices.start}-{indices.stop - 1}")
+            views = [
+                (index, shown, view)
+                for index in indices
+                for shown in [(index + shift) % samples]
+                if (view := _view(task, split, index, shown, images))
+            ]
+            if not views:
+                continue
+            name = f"{split} {indices.start}-{indices.stop - 1}"
+            batch = _batch(model, (view for *_, view in views), name=name)
             correct = iter(batch.answered(model(batch).correct).tolist())
             records += [
-                Record(split, index, sample.content, other, question, next(correct))
-                for index, other, sample in zip(indices, shown, asked, strict=True)
-                for question in sample.questions
+                Record(split, index, view.content, shown, question, next(correct), images=images)
+                for index, shown, view in views
+                for question in view.questions
             ]
     return records
 
@@ -201,9 +211,43 @@ def _batch(model: VisionLanguageModel, samples: Iterable[Sample], *, name: str) 
     return collate(examples, name=name).to(model.backbone.embed.weight.device)
 
 
-def _swap(sample: Sample, other: Sample) -> Sample:
-    """The sample's questions about what the other shows."""
-    return replace(other, questions=sample.questions, content=sample.content)
+def _view(task: Task, split: Split, index: int, shown: int, images: Images) -> Sample | None:
+    """The sample at ``index`` with the images that the model gets to see; None where it has none.
+
+    Labels stay with the question, which may name them, unless the numbers of images differ.
+    """
+    sample = task.sample(split, index)
+    if images == "own":
+        return sample
+    if images == "reordered":
+        order = reorder(len(sample.images), sample.content)
+        if order is None:
+            return None
+        return replace(sample, images=tuple(sample.images[place] for place in order))
+    other = task.sample(split, shown)
+    alike = len(sample.images) == len(other.images)
+    labels = sample.labels if alike else other.labels
+    return replace(other, questions=sample.questions, content=sample.content, labels=labels)
+
+
+def reorder(count: int, content: str) -> list[int] | None:
+    """Another order of ``count`` images, always the same for the same content; None for one image.
+
+    No image keeps its place and, where there is another way, the order is neither turned around as
+    a whole nor only begun elsewhere: motion would be the opposite, or nearly the same.
+
+    >>> reorder(2, "ab12"), reorder(5, "ab12"), reorder(1, "ab12")
+    ([1, 0], [3, 0, 1, 4, 2], None)
+    """
+    if count < 2:
+        return None
+    places = list(range(count))
+    rolled = [places[n:] + places[:n] for n in range(count)]
+    told = [places[::-1], *rolled] if count > 3 else []
+    order, rng = places.copy(), random.Random(content)
+    while order in told or any(place == old for place, old in enumerate(order)):
+        rng.shuffle(order)
+    return order
 
 
 def _shift(task: Task, split: Split, samples: int) -> int:
@@ -220,5 +264,6 @@ def _shift(task: Task, split: Split, samples: int) -> int:
 
 
 def _prompt(task: Task, record: Record) -> Prompt:
-    shown = task.sample(record.split, record.shown)
-    return Prompt([Turn("user", [*context(shown), record.question.text])])
+    view = _view(task, record.split, record.index, record.shown, record.images)
+    assert view is not None  # the record is of it
+    return Prompt([Turn("user", [*context(view), record.question.text])])

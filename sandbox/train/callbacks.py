@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -35,7 +35,14 @@ _provenance = cache(provenance)  # of the code that was loaded, whatever is edit
 # --- What a checkpoint says of its run ------------------------------------------------------------
 
 
-def run_state(trainer: Trainer, model: VisionLanguageModel) -> dict[str, Any]:
+class SelfDescribing(Protocol):
+    """A model that can tell from which plain values its architecture is made again."""
+
+    def describe(self) -> dict[str, object]:
+        """Its parts by name: class paths and arguments."""
+
+
+def run_state(trainer: Trainer, model: SelfDescribing) -> dict[str, Any]:
     """What a ``.ckpt`` holds beside Lightning's entries: its description and the random states.
 
     Plain values and tensors only, so that ``torch.load(..., weights_only=True)`` reads it. To be
@@ -51,7 +58,8 @@ def facts(trainer: Trainer) -> dict[str, Any]:
     seed = os.environ.get("PL_GLOBAL_SEED")  # left there by seed_everything
     return {
         "provenance": _provenance(),
-        "data": data and {"task": _class_path(data.task), "identity": data.identity()},
+        "data": data
+        and {"task": _class_path(getattr(data, "task", data)), "identity": data.identity()},
         "seed": None if seed is None else int(seed),
     }
 
@@ -278,10 +286,12 @@ class RunRecord(Callback):
 
     def _session(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         driven: Any = pl_module
-        model: VisionLanguageModel = driven.model
-        text = count(model.backbone.config)
-        parameters = list(model.parameters())
+        parameters = list(driven.model.parameters())
         total = sum(p.numel() for p in parameters)
+        idle = 0  # what a token does not visit
+        if isinstance(driven.model, VisionLanguageModel):
+            text = count(driven.model.backbone.config)
+            idle = text["total"] - text["active"]
         return {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "step": trainer.global_step,
@@ -294,7 +304,7 @@ class RunRecord(Callback):
             "precision": trainer.precision,
             "parameters": {
                 "total": total,
-                "active": total - text["total"] + text["active"],
+                "active": total - idle,
                 "trained": sum(p.numel() for p in parameters if p.requires_grad),
             },
         }

@@ -1,0 +1,231 @@
+"""Generated clips: coloured shapes come, move and go, and no single frame tells the story."""
+
+import random
+from collections.abc import Callable, Iterator
+from itertools import permutations
+from typing import NamedTuple
+
+from PIL import Image as PILImage
+
+from sandbox.data.drawing import COLORS
+from sandbox.data.generated import check_names, fingerprint, pick_questions, split_of, stream
+from sandbox.data.pictures import ALLOWED, BANNED
+from sandbox.data.shapes import place_name, stencil
+from sandbox.data.task import Question, Sample, Split, Task
+from sandbox.errors import UserError
+
+VERSION = 1  # raise it when the same arguments draw or ask something else
+
+CELLS = 4  # a side
+SECONDS = 0.5  # between frames
+# Where a step leads: (down, right).
+STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+ACTOR_COUNTS = (2, 3, 4)
+AT_ONCE = 2  # the most that one frame shows, so that a full frame does not tell how many there are
+
+
+class Actor(NamedTuple):
+    """One object of a clip, on stage from frame ``enters`` on until before frame ``leaves``."""
+
+    shape: str
+    color: str
+    enters: int
+    leaves: int
+    row: int  # where it enters, counted from the top
+    column: int  # from the left
+    way: str
+
+    @property
+    def name(self) -> str:
+        """What questions call it; no two objects of a clip share it."""
+        return f"{self.color} {self.shape}"
+
+    @property
+    def novel(self) -> bool:
+        """Whether only `heldout` shows such an object."""
+        return (self.shape, self.color) in BANNED
+
+    def cell(self, frame: int) -> tuple[int, int] | None:
+        """Row and column in a frame, None where it is not on stage.
+
+        It goes one cell a frame; who leaves at one edge comes back at the opposite one.
+        """
+        if not self.enters <= frame < self.leaves:
+            return None
+        down, right = STEPS[self.way]
+        steps = frame - self.enters
+        return (self.row + steps * down) % CELLS, (self.column + steps * right) % CELLS
+
+
+# --- Questions -----------------------------------------------------------------------------------
+# One function a type: questions, each with the objects that it touches.
+
+Asked = Iterator[tuple[Question, list[Actor]]]
+
+
+def _direction(actors: list[Actor]) -> Asked:
+    present = tuple(sorted({actor.way for actor in actors}))
+    for actor in actors:
+        text = f"Which way does the {actor.name} move?"
+        yield Question(text, actor.way, "direction", present), [actor]
+
+
+def _order(actors: list[Actor]) -> Asked:
+    for one, other in permutations(actors, 2):
+        if one.enters != other.enters:
+            first = one if one.enters < other.enters else other
+            text = f"Which appears first, the {one.name} or the {other.name}?"
+            present = tuple(sorted((one.name, other.name)))
+            yield Question(text, first.name, "order", present), [one, other]
+
+
+def _count(actors: list[Actor]) -> Asked:
+    yield Question("How many objects appear in all?", str(len(actors)), "count"), actors
+
+
+QUESTIONS: dict[str, Callable[[list[Actor]], Asked]] = {
+    "direction": _direction,
+    "order": _order,
+    "count": _count,
+}
+
+
+# --- Clips ---------------------------------------------------------------------------------------
+
+
+def _random_actors(frames: int, heldout: bool, rng: random.Random) -> list[Actor]:
+    """Two to four objects, never all in one frame, and never two in one cell."""
+    count = rng.choice(ACTOR_COUNTS)
+    pairs = rng.sample(ALLOWED, count - heldout) + rng.sample(BANNED, int(heldout))
+    while True:
+        actors = []
+        for pair in pairs:
+            enters, leaves = _stay(frames, rng)
+            cell = rng.randrange(CELLS), rng.randrange(CELLS)
+            actors.append(Actor(*pair, enters, leaves, *cell, rng.choice(list(STEPS))))
+        if all(_fits(actors, frame) for frame in range(frames)):
+            return actors
+
+
+def _stay(frames: int, rng: random.Random) -> tuple[int, int]:
+    """When an object enters and leaves: it stays for two frames, up to half of the clip."""
+    length = rng.randint(2, frames // 2)
+    enters = rng.randint(0, frames - length)
+    return enters, enters + length
+
+
+def _fits(actors: list[Actor], frame: int) -> bool:
+    """Whether few enough objects are on stage, and each in a cell of its own."""
+    cells = [cell for actor in actors if (cell := actor.cell(frame))]
+    return len(cells) <= min(AT_ONCE, len(actors) - 1) and len(set(cells)) == len(cells)
+
+
+def _draw(actors: list[Actor], frame: int, size: int) -> PILImage.Image:
+    image = PILImage.new("RGB", (size, size), "white")
+    side = size // CELLS
+    for actor in actors:
+        if cell := actor.cell(frame):
+            top, left = (side * place for place in cell)
+            box = (left, top, left + side, top + side)
+            image.paste(COLORS[actor.color], box, stencil(actor.shape, side))
+    return image
+
+
+class Clips(Task):
+    """Clips of a few frames in which two to four shapes come, move and go.
+
+    Each object is on stage for some frames in a row and moves by one cell of a 4 x 4 grid from one
+    to the next; who leaves at one edge comes back at the opposite one, so no single frame tells
+    where anything goes. At most two objects are on stage at once, and never all of a clip, so no
+    single frame tells how many there are.
+
+    Question types: ``direction`` ("Which way does the red circle move?"), ``order`` ("Which appears
+    first, the red circle or the blue square?") and ``count`` ("How many objects appear in all?").
+    Frames in another order leave the count as it is. They destroy the order, and of the direction
+    they leave only whether it is horizontal: half of the guesses are then right.
+
+    All possible answers are equally frequent, for each question string. A `heldout` clip has one
+    object of a (shape, colour) pair that no other split has, and every question touches it.
+
+    Args:
+        size: pixels a side, a multiple of 4.
+        frames: frames of a clip, 4 or more, half a second apart.
+        questions: question types; None means all.
+        questions_per_sample: at most so many distinct questions a clip, at least one.
+        seed: another seed draws other clips, from the same splits.
+
+    Raises:
+        UserError: an unknown question type, or a number out of range.
+    """
+
+    def __init__(
+        self,
+        size: int = 32,
+        frames: int = 6,
+        questions: list[str] | None = None,
+        questions_per_sample: int = 8,
+        seed: int = 0,
+    ) -> None:
+        self.questions = list(QUESTIONS) if questions is None else questions
+        check_names("question type", self.questions, tuple(QUESTIONS))
+        if size < 32 or size % CELLS or frames < 4 or questions_per_sample < 1:
+            raise UserError(
+                "clips need a size >= 32 that divides by 4, frames >= 4 and "
+                f"questions_per_sample >= 1, got {size}, {frames} and {questions_per_sample}"
+            )
+        self.pixels = size
+        self.frames = frames
+        self.questions_per_sample = questions_per_sample
+        self.seed = seed
+
+    def size(self, split: Split) -> None:
+        """None: every split is generated without end."""
+
+    def sample(self, split: Split, index: int) -> Sample:
+        """The clip at ``index`` of ``split``: RGB frames, their times and the questions."""
+        rng = stream(self.seed, split, index)
+        while True:
+            actors = _random_actors(self.frames, split == "heldout", rng)
+            content = fingerprint(sorted(actors), self.frames, self.pixels)
+            if split != "heldout" and split_of(content) != split:
+                continue
+            questions = self._ask(actors, split == "heldout", rng)
+            if questions:
+                return Sample(
+                    tuple(_draw(actors, frame, self.pixels) for frame in range(self.frames)),
+                    questions,
+                    content,
+                    times=tuple(SECONDS * frame for frame in range(self.frames)),
+                    text=" ".join(_tell(actors, frame) for frame in range(self.frames)),
+                )
+
+    def _ask(self, actors: list[Actor], heldout: bool, rng: random.Random) -> tuple[Question, ...]:
+        by_kind = [
+            [
+                question
+                for question, touched in QUESTIONS[kind](actors)
+                if not heldout or any(actor.novel for actor in touched)
+            ]
+            for kind in self.questions
+        ]
+        return pick_questions(by_kind, self.questions_per_sample, rng)
+
+    def identity(self) -> str:
+        """A short hash of the version and every argument."""
+        asked = self.questions, self.questions_per_sample
+        return fingerprint("Clips", VERSION, self.pixels, self.frames, *asked, self.seed)
+
+
+def _tell(actors: list[Actor], frame: int) -> str:
+    """One frame in words.
+
+    >>> actor = Actor("circle", "red", 1, 3, 0, 3, "right")
+    >>> _tell([actor], 0), _tell([actor], 2)
+    ('0.0s: nothing.', '1.0s: red circle in row 1, column 1.')
+    """
+    told = [
+        f"{actor.name} in {place_name(*cell, CELLS)}"
+        for actor in sorted(actors)
+        if (cell := actor.cell(frame))
+    ]
+    return f"{SECONDS * frame:.1f}s: {'; '.join(told) or 'nothing'}."

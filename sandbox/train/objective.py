@@ -1,0 +1,88 @@
+"""What the runs of all objectives share: self-describing checkpoints, and the optimizer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import nn
+
+from sandbox.allocator import keep_freed_memory
+from sandbox.checkpoint import check_weights, model_tensors
+from sandbox.errors import UserError
+from sandbox.train.callbacks import RNG, restore_rng, run_state
+from sandbox.train.optim import OptimizerConfig, build_optimizer
+
+
+class Objective(lightning.LightningModule):
+    """Trains ``model``, which says of itself what it is.
+
+    An objective sets up its model, names it here, and implements the steps.
+
+    Args:
+        model: what is trained and saved; its ``describe()`` gives the plain values to make it of.
+        optimizer: how parameters move.
+        freeze: dotted names of parts of the model that stay as they are.
+
+    Raises:
+        UserError: a frozen part does not exist, or nothing is left to train.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: OptimizerConfig, freeze: Sequence[str] = ()
+    ) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.optimizer = optimizer
+        for name in freeze:
+            submodule(self.model, name, key="freeze").requires_grad_(False)
+        if not any(p.requires_grad for p in self.parameters()):
+            raise UserError(f"freeze={list(freeze)} leaves nothing to train")
+        self._rng_states: Sequence[dict[str, Any]] = ()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make the checkpoint describe itself, and hold the states of the random generators."""
+        checkpoint.update(run_state(self.trainer, self.model))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another configuration, before anything is taken over.
+
+        The random states wait until training starts: what happens before may draw too.
+
+        Raises:
+            UserError: weights are missing, unexpected or misshapen.
+        """
+        tensors = model_tensors(checkpoint["state_dict"])
+        check_weights(self.model, tensors, source=str(self.trainer.ckpt_path))
+        self._rng_states = checkpoint.get(RNG, [])
+
+    def on_fit_start(self) -> None:
+        """On a CPU, spare every step the faulting in of its memory."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
+
+    def on_train_start(self) -> None:
+        """Draw on as the run would have that is resumed."""
+        restore_rng(self.trainer, self._rng_states)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """MuonAdamW over what is not frozen, its schedule stepping with every update."""
+        steps = int(self.trainer.estimated_stepping_batches)
+        optimizer, schedule = build_optimizer(self, self.optimizer, steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+def submodule(model: nn.Module, name: str, *, key: str) -> nn.Module:
+    """The part of the model with a dotted name.
+
+    Raises:
+        UserError: there is none; the message names the configuration's key and the parts there are.
+    """
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        parts = ", ".join(child for child, _ in model.named_children())
+        raise UserError(f"{key}: the model has no part '{name}' (parts: {parts})") from None
