@@ -13,7 +13,7 @@ import torch
 from PIL import Image as PILImage
 
 from experiments.bench_measure import Bench, Row, Skip, agree
-from sandbox.data.media import load_image, to_tile
+from sandbox.data.media import load_image
 from sandbox.data.tiling import Tiles, cut, shown_size
 from sandbox.data.video import Backend, load_video
 
@@ -40,7 +40,6 @@ def of_image(bench: Bench, path: Path, width: int, height: int) -> Iterator[Row]
     image = PILImage.fromarray(noise(width, height))
     image.save(path, quality=90)
     size = f"{width} x {height}"
-    tiles = cut(image, S, MAX_TILES)
     yield compare(
         bench,
         f"{size}: read JPEG",
@@ -48,20 +47,15 @@ def of_image(bench: Bench, path: Path, width: int, height: int) -> Iterator[Row]
         "Pillow open, convert",
         lambda: np.asarray(PILImage.open(path).convert("RGB")),
     )
-    yield compare(
-        bench,
-        f"{size}: one tile of {S}",
-        lambda: to_tile(image, S),
-        "Pillow resize",
-        lambda: pixels(image.resize((S, S), PILImage.Resampling.BILINEAR)),
-    )
-    yield compare(
-        bench,
-        f"{size}: {tiles.rows} x {tiles.columns} tiles of {S} and one of all",
-        lambda: cut(image, S, MAX_TILES).pixels,
-        "Pillow resize, crop",
-        lambda: plain_tiles(image, S, tiles),
-    )
+    for max_tiles in (1, MAX_TILES):
+        tiles = cut(image, S, max_tiles)
+        yield compare(
+            bench,
+            f"{size}: {tiles.rows} x {tiles.columns} tiles of {S}",
+            lambda max_tiles=max_tiles: cut(image, S, max_tiles).pixels,
+            "Pillow resize, crop",
+            lambda tiles=tiles: plain_tiles(image, S, tiles),
+        )
 
 
 def of_video(bench: Bench, path: Path) -> Iterator[Row]:
@@ -113,7 +107,8 @@ def plain_tiles(image: PILImage.Image, S: int, tiles: Tiles) -> np.ndarray:
         for y in range(tiles.rows)
         for x in range(tiles.columns)
     ]
-    crops.append(image.resize((S, S), PILImage.Resampling.BILINEAR))
+    if len(crops) > 1:
+        crops.append(image.resize((S, S), PILImage.Resampling.BILINEAR))
     return np.stack([pixels(crop) for crop in crops])
 
 

@@ -72,15 +72,6 @@ def as_rgb(image: PILImage.Image) -> PILImage.Image:
         return PILImage.alpha_composite(white, rgba).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
-
-def to_tile(image: PILImage.Image, tile_size: int) -> np.ndarray:
-    """The whole image as one tile: uint8 ``[3, S, S]``, a plain bilinear resize."""
-    image = as_rgb(image)
-    if image.size != (tile_size, tile_size):
-        image = image.resize((tile_size, tile_size), PILImage.Resampling.BILINEAR)
-    return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
-
-
 def _grey(shades: np.ndarray) -> PILImage.Image:
     return PILImage.fromarray(shades.clip(0, 255).astype(np.uint8)).convert("RGB")
 
