@@ -175,6 +175,18 @@ def test_the_loss_is_that_of_open_clip(tmp_path: Path) -> None:
 # --- Training -------------------------------------------------------------------------------------
 
 
+def test_an_image_may_be_the_mean_of_its_patches() -> None:
+    """Guards against a choice that is recorded, and without effect."""
+    tiles = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    patches, summary = (build(pool=pool).model.eval() for pool in ("patches", "summary"))
+    with torch.no_grad():
+        features = patches.encoder(patches.encoder.normalize(tiles))
+        mean = F.normalize(patches.projection(features.mean(1)), dim=-1)
+        torch.testing.assert_close(patches.embed_images(tiles), mean, atol=1e-6, rtol=0)
+        assert (summary.embed_images(tiles) - mean).abs().max() > 0.1
+    assert patches.describe()["pool"] == "patches"
+
+
 def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
     """Guards against training that nobody can repeat."""
     runs = [build(seed=seed) for seed in (3, 3, 4)]

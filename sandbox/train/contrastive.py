@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ from sandbox.errors import UserError
 from sandbox.train.callbacks import facts, of_all_processes
 from sandbox.train.objective import Objective
 from sandbox.train.optim import OptimizerConfig
+
+Pool = Literal["summary", "patches"]
 
 FIRST_SCALE = math.log(1 / 0.07)  # CLIP's first temperature, and the largest scale that it allows
 LAST_SCALE = math.log(100)
@@ -78,17 +80,23 @@ class ContrastiveModel(nn.Module):
     """An encoder and a text tower, each with a projection to the space that they share.
 
     Args:
-        encoder: pixels to features; its ``summary`` stands for an image.
+        encoder: pixels to features.
         text: shape of the text tower, whose end token stands for a caption.
         embed_dim: width of the shared space.
         tokenizer: see ``CaptionTokens``.
+        pool: what stands for an image, see ``Contrastive``.
 
     Raises:
         UserError: the tower's width does not divide into its heads.
     """
 
     def __init__(
-        self, encoder: VisionEncoder, text: TextTower, embed_dim: int, tokenizer: str
+        self,
+        encoder: VisionEncoder,
+        text: TextTower,
+        embed_dim: int,
+        tokenizer: str,
+        pool: Pool = "summary",
     ) -> None:
         super().__init__()
         from open_clip.transformer import QuickGELU, TextTransformer
@@ -96,6 +104,7 @@ class ContrastiveModel(nn.Module):
         if text.width % text.heads:
             raise UserError(f"text.width ({text.width}) must divide by text.heads ({text.heads})")
         self.encoder = encoder
+        self.pool = pool
         self.tower = text
         self.tokens = CaptionTokens(tokenizer, text.context_length)
         self.text = TextTransformer(
@@ -120,8 +129,12 @@ class ContrastiveModel(nn.Module):
 
     def embed_images(self, tiles: Tensor) -> Tensor:
         """Uint8 tiles ``[N, 3, S, S]`` to ``[N, embed_dim]`` of length 1."""
-        summary = self.encoder.summary(self.encoder.normalize(tiles))
-        return F.normalize(self.projection(summary), dim=-1)
+        normal = self.encoder.normalize(tiles)
+        if self.pool == "summary":
+            pooled = self.encoder.summary(normal)
+        else:
+            pooled = self.encoder(normal)[:, self.encoder.summary_tokens :].mean(1)
+        return F.normalize(self.projection(pooled), dim=-1)
 
     def embed_texts(self, tokens: Tensor) -> Tensor:
         """Captions ``[n, context_length]`` to ``[n, embed_dim]`` of length 1."""
@@ -138,6 +151,7 @@ class ContrastiveModel(nn.Module):
             "encoder": described(self.encoder),
             "text": asdict(self.tower),
             "embed_dim": self.projection.out_features,
+            "pool": self.pool,
             "tokenizer": self.tokens.describe(),
         }
 
@@ -171,6 +185,9 @@ class Contrastive(Objective):
         text: shape of the text tower.
         embed_dim: width of the space that images and captions share.
         tokenizer: ``small``, the path of a vocabulary, or ``clip``.
+        pool: what stands for an image: the encoder's own ``summary`` (CLIP's class token), or the
+            mean of its ``patches``. A class token leaves the patches of the last layer untrained,
+            and those are what a fusion reads.
         optimizer: how parameters move.
         templates: sentences whose ``{}`` a class takes in zero-shot classification; a class is the
             mean of its sentences' embeddings, as in CLIP.
@@ -185,12 +202,13 @@ class Contrastive(Objective):
         text: TextTower = TextTower(),
         embed_dim: int = 512,
         tokenizer: str = "small",
+        pool: Pool = "summary",
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen, so safe to share)
         templates: Sequence[str] = ("a photo of a {}.",),
     ) -> None:
         if not templates or not all("{}" in template for template in templates):
             raise UserError(f"templates {list(templates)}: each needs a {{}} for the class")
-        super().__init__(ContrastiveModel(encoder, text, embed_dim, tokenizer), optimizer)
+        super().__init__(ContrastiveModel(encoder, text, embed_dim, tokenizer, pool), optimizer)
         self.templates = templates
         self._seen: list[_Seen] = []  # by one validation
 
