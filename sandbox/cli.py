@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
@@ -91,7 +92,9 @@ def build_parser() -> argparse.ArgumentParser:
     shown.add_argument(
         "--frames", type=_positive, help="so many of each video, evenly spread (default: 8)"
     )
-    shown.add_argument("--fps", type=_rate, help="so many a second of video")
+    shown.add_argument(
+        "--fps", type=partial(_number, rule="a number above 0"), help="so many a second of video"
+    )
     shown.add_argument("--times", type=_seconds, help="those that show at these seconds: 0.5,1,2")
     ask.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
     ask.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: 1 = off)")
@@ -112,7 +115,10 @@ def build_parser() -> argparse.ArgumentParser:
     exported.add_argument("checkpoint", type=Path, help="file or run directory")
     exported.add_argument("directory", type=Path, help="a new one")
     exported.add_argument(
-        "--shard-size", type=_gigabytes, default=5.0, help="GB a file at most (default: 5)"
+        "--shard-size",
+        type=partial(_number, rule="a number of GB above 0"),
+        default=5.0,
+        help="GB a file at most (default: 5)",
     )
     exported.set_defaults(handler=_export_hf)
     for command in (imported, exported):
@@ -144,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     balance.add_argument(
         "--tail",
-        type=_share,
+        type=partial(_number, rule="a number between 0 and 1", below=1),
         default=0.06,
         metavar="SHARE",
         help="the T for which such entries hold this share of all matches (default: 0.06)",
@@ -336,16 +342,6 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
-def _rate(text: str) -> float:
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = 0.0
-    if not 0 < rate < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got '{text}'")
-    return rate
-
-
 def _seconds(text: str) -> list[float]:
     try:
         times = list(map(float, text.split(",")))
@@ -356,24 +352,14 @@ def _seconds(text: str) -> list[float]:
     return times
 
 
-def _gigabytes(text: str) -> float:
+def _number(text: str, *, rule: str, below: float = float("inf")) -> float:
     try:
-        size = float(text)
+        number = float(text)
     except ValueError:
-        size = 0.0
-    if not 0 < size < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of GB above 0, got '{text}'")
-    return size
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share < 1:
-        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, got '{text}'")
-    return share
+        number = 0.0
+    if not 0 < number < below:
+        raise argparse.ArgumentTypeError(f"must be {rule}, got '{text}'")
+    return number
 
 
 def _tokens(text: str) -> int:

@@ -229,16 +229,16 @@ class VisionLanguageModel(nn.Module):
 
     def describe(self) -> dict[str, object]:
         """Plain values from which ``checkpoint.build_model`` makes the same architecture."""
-        parts = {"encoder": self.encoder, "fusion": self.fusion}
         return {
-            name: part
-            and {
-                "class_path": f"{type(part).__module__}.{type(part).__qualname__}",
-                "init_args": part.init_args,
-            }
-            for name, part in parts.items()
-        } | {
+            "encoder": self.encoder and described(self.encoder),
+            "fusion": self.fusion and described(self.fusion),
             "backbone": asdict(self.backbone.config),
             "tokenizer": self.tokenizer and self.tokenizer.to_json(),
             "max_tiles": self.max_tiles,
         }
+
+
+def described(part: VisionEncoder | Fusion) -> dict[str, object]:
+    """Class path and arguments, from which the part is made again."""
+    path = f"{type(part).__module__}.{type(part).__qualname__}"
+    return {"class_path": path, "init_args": part.init_args}

@@ -72,6 +72,7 @@ def as_rgb(image: PILImage.Image) -> PILImage.Image:
         return PILImage.alpha_composite(white, rgba).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
+
 def _grey(shades: np.ndarray) -> PILImage.Image:
     return PILImage.fromarray(shades.clip(0, 255).astype(np.uint8)).convert("RGB")
 

@@ -25,12 +25,8 @@ def words_of(sample: Sample) -> str:
     return sample.text
 
 
-class InWords(Task):
-    """Another task's samples without their images, told in words instead.
-
-    Args:
-        task: whose samples have a text.
-    """
+class _View(Task):
+    """Another task's samples, shown in another way."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -38,6 +34,18 @@ class InWords(Task):
     def size(self, split: Split) -> int | None:
         """As many as the task has."""
         return self.task.size(split)
+
+    def identity(self) -> str:
+        """A short hash of the task's, and of the way."""
+        return fingerprint(type(self).__name__, REQUEST, self.task.identity())
+
+
+class InWords(_View):
+    """Another task's samples without their images, told in words instead.
+
+    Args:
+        task: whose samples have a text.
+    """
 
     def sample(self, split: Split, index: int) -> Sample:
         """The textual twin of the task's sample.
@@ -48,12 +56,8 @@ class InWords(Task):
         sample = self.task.sample(split, index)
         return replace(sample, images=(), times=None, labels=None, text=words_of(sample))
 
-    def identity(self) -> str:
-        """A short hash of the task's."""
-        return fingerprint("InWords", self.task.identity())
 
-
-class Described(Task):
+class Described(_View):
     """Another task whose training samples are to be described, too.
 
     The description is an answer like any other: it is the question type ``caption``.
@@ -61,13 +65,6 @@ class Described(Task):
     Args:
         task: whose samples have a text.
     """
-
-    def __init__(self, task: Task) -> None:
-        self.task = task
-
-    def size(self, split: Split) -> int | None:
-        """As many as the task has."""
-        return self.task.size(split)
 
     def sample(self, split: Split, index: int) -> Sample:
         """The task's sample, with one question more where it is for training.
@@ -80,7 +77,3 @@ class Described(Task):
             return sample
         caption = Question(REQUEST, words_of(sample), "caption")
         return replace(sample, questions=(caption, *sample.questions))
-
-    def identity(self) -> str:
-        """A short hash of the task's."""
-        return fingerprint("Described", REQUEST, self.task.identity())

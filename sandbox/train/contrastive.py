@@ -23,6 +23,7 @@ from encoders.base import VisionEncoder
 from sandbox.checkpoint import provenance, write_safetensors
 from sandbox.data.captions import CaptionTokens, PairEncoder, Pairs
 from sandbox.errors import UserError
+from sandbox.model import described
 from sandbox.train.callbacks import facts, of_all_processes
 from sandbox.train.objective import Objective
 from sandbox.train.optim import OptimizerConfig
@@ -341,12 +342,6 @@ def ranks(queries: Tensor, candidates: Tensor, groups: Tensor, candidate_groups:
 
 
 # --- The encoder alone ----------------------------------------------------------------------------
-
-
-def described(encoder: VisionEncoder) -> dict[str, object]:
-    """Class path and arguments, from which the encoder is made again."""
-    path = f"{type(encoder).__module__}.{type(encoder).__qualname__}"
-    return {"class_path": path, "init_args": encoder.init_args}
 
 
 def save_encoder(encoder: VisionEncoder, path: str | Path, **facts: Any) -> None:
