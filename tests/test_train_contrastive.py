@@ -270,7 +270,8 @@ def test_a_resumed_run_ends_like_one_that_never_stopped(name: Any, tmp_path: Pat
     assert not different(weights(whole), weights(resumed))
 
     description, tensors = read_checkpoint(last)
-    assert description["model"].keys() == {"encoder", "text", "embed_dim", "tokenizer"}
+    parts = {"encoder", "text", "embed_dim", "pool", "tokenizer"}
+    assert description["model"].keys() == parts
     assert not different(weights(resumed), tensors)
 
 
