@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from sandbox.data.charts import Charts
+from sandbox.data.pictures import Pictures
 from sandbox.data.prompt import PromptEncoder
 from sandbox.data.shapes import Shapes
 from sandbox.data.task import Sample, Split, Task
@@ -61,6 +62,24 @@ def test_a_twin_differs_in_the_image_alone(split: Split):
     assert InWords(task).size(split) == task.size(split)
 
 
+def test_a_share_is_told_in_training_alone():
+    """Guards against images that are never shown, or an evaluation that does not show them."""
+    task = InWords(Charts(), share=0.25)
+    shown = [bool(task.sample("train", index).images) for index in range(12)]
+    assert shown == [True, True, True, False] * 3
+    assert all(task.sample("test", index).images for index in range(8))
+    with pytest.raises(UserError, match="share must be above 0 and at most 1, got 0"):
+        InWords(Charts(), share=0)
+
+
+def test_training_never_shows_more_images_than_allowed():
+    """Guards against a model that is said to have seen two images at a time, and saw eight."""
+    task = InWords(Pictures(images=[2, 4, 8]), share=0.2, most_images=2)
+    shown = {len(task.sample("train", index).images) for index in range(60)}
+    assert shown == {0, 2}
+    assert {len(task.sample("val", index).images) for index in range(60)} == {2, 4, 8}
+
+
 def test_a_twin_is_encoded_as_its_text():
     """Guards against a context that is left out where there is no image."""
     tokenizer = Tokenizer.load("small")
@@ -93,3 +112,4 @@ def test_identities_tell_the_views_apart():
     views = {task.identity(), InWords(task).identity(), Described(task).identity()}
     assert len(views) == 3
     assert InWords(Charts(seed=1)).identity() != InWords(Charts()).identity()
+    assert InWords(task, share=0.5).identity() != InWords(task).identity()

@@ -41,20 +41,47 @@ class _View(Task):
 
 
 class InWords(_View):
-    """Another task's samples without their images, told in words instead.
+    """Another task's samples without their images, told in words instead: all, or some in training.
+
+    What binds a name to what stands behind it is learned sooner from words than from pixels, and
+    then serves both (experiments/LOG.md).
 
     Args:
         task: whose samples have a text.
+        share: of the training samples that are told. Below 1, evaluation shows images.
+        most_images: training samples of more images than these are told in any case.
+
+    Raises:
+        UserError: the share is not above 0 and at most 1.
     """
 
+    def __init__(self, task: Task, share: float = 1.0, most_images: int | None = None) -> None:
+        super().__init__(task)
+        if not 0 < share <= 1:
+            raise UserError(f"share must be above 0 and at most 1, got {share}")
+        self.share = share
+        self.most_images = most_images
+
     def sample(self, split: Split, index: int) -> Sample:
-        """The textual twin of the task's sample.
+        """The textual twin of the task's sample, or the sample itself.
 
         Raises:
-            UserError: it has none.
+            UserError: it has no text.
         """
         sample = self.task.sample(split, index)
+        many = self.most_images is not None and len(sample.images) > self.most_images
+        told = self.share == 1 or (split == "train" and (many or self._told(index)))
+        if not told:
+            return sample
         return replace(sample, images=(), times=None, labels=None, text=words_of(sample))
+
+    def _told(self, index: int) -> bool:
+        """Whether so far more are due than were told: every n-th sample for a share of 1/n."""
+        return int((index + 1) * self.share) > int(index * self.share)
+
+    def identity(self) -> str:
+        """A short hash of the task's, and of what is told."""
+        return fingerprint(super().identity(), self.share, self.most_images)
 
 
 class Described(_View):
