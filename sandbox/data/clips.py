@@ -17,6 +17,7 @@ from sandbox.errors import UserError
 VERSION = 1  # raise it when the same arguments draw or ask something else
 
 CELLS = 4  # a side
+ACROSS = 2  # cells that an object goes: from one half of the frame to the other
 SECONDS = 0.5  # between frames
 # Where a step leads: (down, right).
 STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
@@ -48,13 +49,13 @@ class Actor(NamedTuple):
     def cell(self, frame: int) -> tuple[int, int] | None:
         """Row and column in a frame, None where it is not on stage.
 
-        It goes one cell a frame; who leaves at one edge comes back at the opposite one.
+        It crosses to the other half of the frame halfway through its stay.
         """
         if not self.enters <= frame < self.leaves:
             return None
         down, right = STEPS[self.way]
-        steps = frame - self.enters
-        return (self.row + steps * down) % CELLS, (self.column + steps * right) % CELLS
+        gone = ACROSS * (frame >= (self.enters + self.leaves) // 2)
+        return self.row + gone * down, self.column + gone * right
 
 
 # --- Questions -----------------------------------------------------------------------------------
@@ -101,15 +102,26 @@ def _random_actors(frames: int, heldout: bool, rng: random.Random) -> list[Actor
         actors = []
         for pair in pairs:
             enters, leaves = _stay(frames, rng)
-            cell = rng.randrange(CELLS), rng.randrange(CELLS)
-            actors.append(Actor(*pair, enters, leaves, *cell, rng.choice(list(STEPS))))
+            way = rng.choice(list(STEPS))
+            row, column = (_start(step, rng) for step in STEPS[way])
+            actors.append(Actor(*pair, enters, leaves, row, column, way))
         if all(_fits(actors, frame) for frame in range(frames)):
             return actors
 
 
+def _start(step: int, rng: random.Random) -> int:
+    """A row or column from which an object stays in the frame that goes so many cells a step."""
+    if step == 0:
+        return rng.randrange(CELLS)
+    return rng.randrange(CELLS - ACROSS) + (ACROSS if step < 0 else 0)
+
+
 def _stay(frames: int, rng: random.Random) -> tuple[int, int]:
-    """When an object enters and leaves: it stays for two frames, up to half of the clip."""
-    length = rng.randint(2, frames // 2)
+    """When an object enters and leaves: it stays for an even number of frames, half of all at most.
+
+    So it is in either half equally long, and where it stands tells nothing of where it goes.
+    """
+    length = 2 * rng.randint(1, frames // 4)
     enters = rng.randint(0, frames - length)
     return enters, enters + length
 
@@ -134,15 +146,15 @@ def _draw(actors: list[Actor], frame: int, size: int) -> PILImage.Image:
 class Clips(Task):
     """Clips of a few frames in which two to four shapes come, move and go.
 
-    Each object is on stage for some frames in a row and moves by one cell of a 4 x 4 grid from one
-    to the next; who leaves at one edge comes back at the opposite one, so no single frame tells
-    where anything goes. At most two objects are on stage at once, and never all of a clip, so no
-    single frame tells how many there are.
+    Each object is on stage for some frames in a row, first in one half of the picture and then in
+    the other. Where it stands in one frame does not tell which way it goes: it may be about to
+    leave that half, or just have come. At most two objects are on stage at once, and never all of a
+    clip, so no single frame tells how many there are.
 
     Question types: ``direction`` ("Which way does the red circle move?"), ``order`` ("Which appears
     first, the red circle or the blue square?") and ``count`` ("How many objects appear in all?").
-    Frames in another order leave the count as it is. They destroy the order, and of the direction
-    they leave only whether it is horizontal: half of the guesses are then right.
+    Frames in another order leave the count as it is. They destroy the order of events, and of the
+    direction they leave only whether it is horizontal: half of the guesses are then right.
 
     All possible answers are equally frequent, for each question string. A `heldout` clip has one
     object of a (shape, colour) pair that no other split has, and every question touches it.
@@ -219,9 +231,9 @@ class Clips(Task):
 def _tell(actors: list[Actor], frame: int) -> str:
     """One frame in words.
 
-    >>> actor = Actor("circle", "red", 1, 3, 0, 3, "right")
+    >>> actor = Actor("circle", "red", 1, 3, 0, 1, "right")
     >>> _tell([actor], 0), _tell([actor], 2)
-    ('0.0s: nothing.', '1.0s: red circle in row 1, column 1.')
+    ('0.0s: nothing.', '1.0s: red circle in row 1, column 4.')
     """
     told = [
         f"{actor.name} in {place_name(*cell, CELLS)}"

@@ -16,6 +16,7 @@ from sandbox.errors import UserError
 VERSION = 1  # raise it when the same arguments draw or ask something else
 
 LETTERS = "ABCDEFGHIJKL"
+NOTHING = "none"  # what a letter without a picture shows
 HUES = tuple(color for color in COLORS if color != "orange")  # too near to red and to yellow
 NUMBERS = (1, 2, 3)
 # Pairs of shape and colour that occur in `heldout` only: 8 of 32. Every colour leaves out one
@@ -239,6 +240,8 @@ class Pictures(Task):
         images: numbers of pictures a sample may have, 2 to 12; None means 2.
         questions: question types; None means all but odd.
         questions_per_sample: at most so many distinct questions a sample, at least one.
+        gaps: up to so many further letters stand among the others and have no picture ("K: none.").
+            Which picture comes first then tells less, and its letter all the more.
         seed: another seed draws other pictures, from the same splits.
 
     Raises:
@@ -251,6 +254,7 @@ class Pictures(Task):
         images: list[int] | None = None,
         questions: list[str] | None = None,
         questions_per_sample: int = 8,
+        gaps: int = 0,
         seed: int = 0,
     ) -> None:
         self.images = [2] if images is None else images
@@ -259,6 +263,11 @@ class Pictures(Task):
         check_names("question type", self.questions, tuple(QUESTIONS))
         if not self.images or not all(2 <= count <= len(LETTERS) for count in self.images):
             raise UserError(f"pictures: images must list numbers 2 to 12, got {self.images}")
+        if not 0 <= gaps <= len(LETTERS) - max(self.images):
+            raise UserError(
+                f"pictures: {max(self.images)} images leave {len(LETTERS) - max(self.images)} of "
+                f"{len(LETTERS)} letters, got gaps={gaps}"
+            )
         if "odd" in self.questions and max(self.images) < 3:
             raise UserError(f"pictures: the odd one out is one of 3 or more, got {self.images}")
         if size < 24 or size % 2 or questions_per_sample < 1:
@@ -268,6 +277,7 @@ class Pictures(Task):
             )
         self.pixels = size
         self.questions_per_sample = questions_per_sample
+        self.gaps = gaps
         self.seed = seed
 
     def size(self, split: Split) -> int | None:
@@ -287,13 +297,28 @@ class Pictures(Task):
                 continue
             questions = self._ask(scene, split == "heldout", rng)
             if questions:
+                before = self._gaps(scene, rng)
+                empty = [letter for letters in before for letter in letters]
+                told = [*zip(scene.letters, map(str, scene.pictures), strict=True)]
                 return Sample(
                     tuple(_draw(picture, self.pixels) for picture in scene.pictures),
                     questions,
                     content,
-                    labels=tuple(f"{letter}:" for letter in scene.letters),
-                    text=_tell(scene.letters, scene.pictures),
+                    labels=tuple(
+                        "".join(f"{gap}: {NOTHING}. " for gap in letters) + f"{letter}:"
+                        for letters, letter in zip(before, scene.letters, strict=True)
+                    ),
+                    text=_tell([*told, *((letter, NOTHING) for letter in empty)]),
                 )
+
+    def _gaps(self, scene: Scene, rng: random.Random) -> list[list[str]]:
+        """Letters without a picture, by the picture that they stand before."""
+        before: list[list[str]] = [[] for _ in scene.pictures]
+        if self.gaps:
+            free = [letter for letter in LETTERS if letter not in scene.letters]
+            for letter in rng.sample(free, rng.randint(0, self.gaps)):
+                rng.choice(before).append(letter)
+        return before
 
     def _random_scene(self, heldout: bool, rng: random.Random) -> Scene:
         count = rng.choice(self.images)
@@ -316,15 +341,14 @@ class Pictures(Task):
     def identity(self) -> str:
         """A short hash of the version and every argument."""
         asked = self.questions, self.questions_per_sample
-        return fingerprint("Pictures", VERSION, self.pixels, self.images, *asked, self.seed)
+        drawn = self.pixels, self.images, self.gaps
+        return fingerprint("Pictures", VERSION, *drawn, *asked, self.seed)
 
 
-def _tell(letters: Iterable[str], pictures: Iterable[Picture]) -> str:
+def _tell(told: Iterable[tuple[str, str]]) -> str:
     """The pictures in words, in the order of their letters: who tells has to read the letters.
 
-    >>> two = [Picture("cross", "red", ((1, 2), (17, 3))), Picture("circle", "blue", ((1, 1),))]
-    >>> _tell("CA", two)
+    >>> _tell([("C", "2 red crosses"), ("A", "1 blue circle")])
     'A: 1 blue circle. C: 2 red crosses.'
     """
-    pairs = sorted(zip(letters, pictures, strict=True))
-    return " ".join(f"{letter}: {picture}." for letter, picture in pairs)
+    return " ".join(f"{letter}: {words}." for letter, words in sorted(told))
