@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 from sandbox.data.drawing import COLORS
 from sandbox.data.generated import check_names, fingerprint, pick_questions, split_of, stream
 from sandbox.data.pictures import ALLOWED, BANNED
-from sandbox.data.shapes import place_name, stencil
+from sandbox.data.shapes import stencil
 from sandbox.data.task import Question, Sample, Split, Task
 from sandbox.errors import UserError
 
@@ -23,6 +23,15 @@ SECONDS = 0.5  # between frames
 STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 ACTOR_COUNTS = (2, 3, 4)
 AT_ONCE = 2  # the most that one frame shows, so that a full frame does not tell how many there are
+
+
+def quarter(row: int, column: int) -> str:
+    """The words for the quarter of the picture that a cell lies in.
+
+    >>> quarter(0, 3)
+    'top right'
+    """
+    return f"{('top', 'bottom')[row >= ACROSS]} {('left', 'right')[column >= ACROSS]}"
 
 
 class Actor(NamedTuple):
@@ -46,6 +55,16 @@ class Actor(NamedTuple):
         """Whether only `heldout` shows such an object."""
         return (self.shape, self.color) in BANNED
 
+    @property
+    def first(self) -> str:
+        """The quarter of the picture in which it enters."""
+        return quarter(self.row, self.column)
+
+    @property
+    def last(self) -> str:
+        """The quarter of the picture from which it leaves."""
+        return quarter(*self._cell(crossed=True))
+
     def cell(self, frame: int) -> tuple[int, int] | None:
         """Row and column in a frame, None where it is not on stage.
 
@@ -53,9 +72,11 @@ class Actor(NamedTuple):
         """
         if not self.enters <= frame < self.leaves:
             return None
+        return self._cell(crossed=frame >= (self.enters + self.leaves) // 2)
+
+    def _cell(self, *, crossed: bool) -> tuple[int, int]:
         down, right = STEPS[self.way]
-        gone = ACROSS * (frame >= (self.enters + self.leaves) // 2)
-        return self.row + gone * down, self.column + gone * right
+        return self.row + ACROSS * crossed * down, self.column + ACROSS * crossed * right
 
 
 # --- Questions -----------------------------------------------------------------------------------
@@ -69,6 +90,13 @@ def _direction(actors: list[Actor]) -> Asked:
     for actor in actors:
         text = f"Which way does the {actor.name} move?"
         yield Question(text, actor.way, "direction", present), [actor]
+
+
+def _place(actors: list[Actor]) -> Asked:
+    present = tuple(sorted({half for actor in actors for half in (actor.first, actor.last)}))
+    for actor in actors:
+        for when, place in (("first appear", actor.first), ("last stand", actor.last)):
+            yield Question(f"Where does the {actor.name} {when}?", place, "place", present), [actor]
 
 
 def _order(actors: list[Actor]) -> Asked:
@@ -85,6 +113,7 @@ def _count(actors: list[Actor]) -> Asked:
 
 
 QUESTIONS: dict[str, Callable[[list[Actor]], Asked]] = {
+    "place": _place,
     "direction": _direction,
     "order": _order,
     "count": _count,
@@ -151,10 +180,11 @@ class Clips(Task):
     leave that half, or just have come. At most two objects are on stage at once, and never all of a
     clip, so no single frame tells how many there are.
 
-    Question types: ``direction`` ("Which way does the red circle move?"), ``order`` ("Which appears
+    Question types: ``place`` ("Where does the red circle first appear?", "... last stand?" "top
+    left"), ``direction`` ("Which way does the red circle move?"), ``order`` ("Which appears
     first, the red circle or the blue square?") and ``count`` ("How many objects appear in all?").
-    Frames in another order leave the count as it is. They destroy the order of events, and of the
-    direction they leave only whether it is horizontal: half of the guesses are then right.
+    Frames in another order leave the count as it is. They destroy the order of events. Of places
+    and direction they leave which two quarters there are: half of the guesses are then right.
 
     All possible answers are equally frequent, for each question string. A `heldout` clip has one
     object of a (shape, colour) pair that no other split has, and every question touches it.
@@ -233,10 +263,10 @@ def _tell(actors: list[Actor], frame: int) -> str:
 
     >>> actor = Actor("circle", "red", 1, 3, 0, 1, "right")
     >>> _tell([actor], 0), _tell([actor], 2)
-    ('0.0s: nothing.', '1.0s: red circle in row 1, column 4.')
+    ('0.0s: nothing.', '1.0s: red circle top right.')
     """
     told = [
-        f"{actor.name} in {place_name(*cell, CELLS)}"
+        f"{actor.name} {quarter(*cell)}"
         for actor in sorted(actors)
         if (cell := actor.cell(frame))
     ]
