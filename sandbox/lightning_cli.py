@@ -93,6 +93,8 @@ class SandboxCLI(LightningCLI):
         for file in map(str, config.config or []):
             given = yaml.safe_load(Path(file).read_text())
             for key in _dropped(given, config.as_dict()):
+                if any(_plain(key).startswith(f"{whole}.") for whole in _replaced(self.argv)):
+                    continue  # meant: class and arguments together were replaced
                 parser.error(
                     f"{file}: '{key}' would be dropped, because the class around it was replaced; "
                     "put the new class and all of its init_args in one file"
@@ -317,6 +319,19 @@ def _dropped(given: Any, effective: Any, path: str = "") -> Iterator[str]:
             yield from _dropped(value, effective[key], full)
         elif path.endswith("init_args"):
             yield full
+
+
+def _replaced(argv: Sequence[str]) -> Iterator[str]:
+    """Keys that get a whole object on the command line: a class and all of its arguments."""
+    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+        flag, _, value = arg.partition("=")
+        if flag.startswith("--") and (value or following).lstrip().startswith("{"):
+            yield _plain(flag.removeprefix("--"))
+
+
+def _plain(key: str) -> str:
+    """A key as it may be written for short: without ``init_args``."""
+    return key.replace(".init_args", "")
 
 
 def _varied_presets(given: Any, effective: Any, path: str = "") -> Iterator[tuple[str, str]]:

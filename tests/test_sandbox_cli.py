@@ -332,6 +332,10 @@ def test_arguments_that_a_new_class_cannot_take_are_not_dropped_in_silence(
     assert call(*argv) == 2
     error = capsys.readouterr().err
     assert "tiny.yaml: 'model.init_args.encoder.init_args.width' would be dropped" in error
+    for flag in ("--model.encoder", "--model.init_args.encoder"):
+        whole = f'{flag}={{"class_path": "arms.Narrow", "init_args": {{"patch_size": 16}}}}'
+        encoder = _parsed(*argv[1:3], whole, monkeypatch=monkeypatch).model.init_args.encoder
+        assert (encoder.class_path, encoder.init_args.patch_size) == ("arms.Narrow", 16)
 
     config = yaml.safe_load(CONFIG)
     del config["model"]["init_args"]["encoder"]["init_args"]["width"]

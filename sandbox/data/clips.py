@@ -266,8 +266,6 @@ def _tell(actors: list[Actor], frame: int) -> str:
     ('0.0s: nothing.', '1.0s: red circle top right.')
     """
     told = [
-        f"{actor.name} {quarter(*cell)}"
-        for actor in sorted(actors)
-        if (cell := actor.cell(frame))
+        f"{actor.name} {quarter(*cell)}" for actor in sorted(actors) if (cell := actor.cell(frame))
     ]
     return f"{SECONDS * frame:.1f}s: {'; '.join(told) or 'nothing'}."

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 from typing import Any
 
 import yaml
@@ -294,5 +295,5 @@ def _draw(ladder: Ladder, arms: Sequence[Arm], differences: Mapping[str, Differe
     for axes in (left, right):
         axes.grid(axis="x", color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(ladder.question)
+    figure.suptitle(fill(ladder.question, 100))
     return figure
