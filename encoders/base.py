@@ -46,7 +46,11 @@ class VisionEncoder(nn.Module, ABC):
 
         An encoder with a class token gives that instead.
         """
-        return self(tiles)[:, self.summary_tokens :].mean(1)
+        return self.patch_mean(self(tiles))
+
+    def patch_mean(self, features: Tensor) -> Tensor:
+        """The mean of a tile's patches, ``[N, V]``, given what ``forward`` gave."""
+        return features[:, self.summary_tokens :].mean(1)
 
     def adapt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Make the tensors of an encoder of the same kind and another tile size fit this one.

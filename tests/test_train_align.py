@@ -12,8 +12,8 @@ from torch import Tensor
 from encoders.patches import Patches
 from fusion.early import EarlyFusion
 from sandbox.backbone.config import BackboneConfig
-from sandbox.checkpoint import export_hf, save_model
-from sandbox.data.batch import Batch
+from sandbox.checkpoint import export_hf, load_model, save_model
+from sandbox.data.batch import Batch, collate
 from sandbox.data.charts import Charts
 from sandbox.data.module import VQAData
 from sandbox.data.words import Described
@@ -71,8 +71,6 @@ def fit(align: Align, folder: Path, steps: int = 3, **options: Any) -> None:
 
 def batch_for(align: Align, split: str = "train", count: int = 3) -> Batch:
     """The first samples of a split as one batch."""
-    from sandbox.data.batch import collate
-
     task: Any = Described(Charts(size=32))
     samples = [task.sample(split, index) for index in range(count)]
     return collate([align.model.prompts.encode_sample(sample) for sample in samples], name="b")
@@ -129,8 +127,6 @@ def test_the_language_model_stays_in_eval_mode(reader: str, tmp_path: Path):
 
 def test_text_reads_as_the_language_model_alone_reads_it(reader: str):
     """Guards against a model built anew around the configuration, with other weights in it."""
-    from sandbox.checkpoint import load_model
-
     tokens = torch.randint(0, 500, (2, 9))
     plain = load_model(reader)(tokens=tokens).logits
     assert aligned(reader).model(tokens=tokens).logits.equal(plain)

@@ -135,7 +135,8 @@ class CaptionContrast(nn.Module):
         own = torch.arange(len(rows), device=rows.device)
         with torch.no_grad():
             captions = model.backbone(tokens).hidden[own, lengths - 1]
-        tiles = features.mean(1)
+        assert model.encoder is not None
+        tiles = model.encoder.patch_mean(features)
         B = int(tile_rows.max()) + 1
         images = tiles.new_zeros(B, tiles.shape[1]).index_add(0, tile_rows, tiles)  # summed
         seen = F.normalize(self.image(images[rows]), dim=-1)

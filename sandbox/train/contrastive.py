@@ -134,7 +134,7 @@ class ContrastiveModel(nn.Module):
         if self.pool == "summary":
             pooled = self.encoder.summary(normal)
         else:
-            pooled = self.encoder(normal)[:, self.encoder.summary_tokens :].mean(1)
+            pooled = self.encoder.patch_mean(self.encoder(normal))
         return F.normalize(self.projection(pooled), dim=-1)
 
     def embed_texts(self, tokens: Tensor) -> Tensor:
