@@ -77,11 +77,14 @@ class MetaCLIP(VisionEncoder):
         layers: transformer blocks.
         heads: attention heads.
         mlp_ratio: hidden width of the MLPs over ``width``.
+        position_std: standard deviation of the positions that random weights start with. None
+            takes CLIP's ``width ** -0.5``: a tenth of a white patch at a width of 96, so faint that
+            a small model does not learn in minutes where anything is (experiments/LOG.md).
 
     Raises:
         ValueError: the model is unknown or no plain vision transformer, the sizes do not fit each
-            other or the checkpoint, or the weights were trained with another activation, other
-            heads or other preprocessing.
+            other or the checkpoint, the weights were trained with another activation, other heads
+            or other preprocessing, or both ``pretrained`` and ``position_std`` are given.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class MetaCLIP(VisionEncoder):
         layers: int | None = None,
         heads: int | None = None,
         mlp_ratio: float | None = None,
+        position_std: float | None = None,
     ) -> None:
         super().__init__()
         from open_clip.transformer import QuickGELU, VisionTransformer
@@ -108,6 +112,8 @@ class MetaCLIP(VisionEncoder):
             "mlp_ratio": mlp_ratio,
         }
         tower = replace(named, **{key: size for key, size in given.items() if size is not None})
+        if pretrained and position_std is not None:
+            raise ValueError("position_std is for random weights, and pretrained ones are given")
         file = None if pretrained is None else Path(pretrained)
         if file and file.is_file():
             for source, facts in _known_of(file):
@@ -137,12 +143,15 @@ class MetaCLIP(VisionEncoder):
             output_tokens=True,
         )
         self.visual.proj = None
+        if position_std is not None:
+            nn.init.normal_(self.visual.positional_embedding, std=position_std)
         if file:
             self._load(file)
         # Whoever rebuilds this encoder brings its weights along, and needs no second download.
         sizes = asdict(tower)
         del sizes["quick_gelu"]
         self.init_args |= {"pretrained": None, **sizes}
+        del self.init_args["position_std"]
 
     def forward(self, tiles: Tensor) -> Tensor:
         """Encode normalised tiles ``[N, 3, S, S]`` to ``[N, P, V]``, row-major."""

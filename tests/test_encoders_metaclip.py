@@ -131,6 +131,7 @@ def test_a_fitting_tag_is_downloaded(
         ({"pretrained": "metaclip_fullcc", "layers": 2}, "leave the sizes out"),
         ({"tile_size": 100}, "tile_size .100. must divide by patch_size .16."),
         ({"heads": 5}, "width .768. must divide by heads .5."),
+        ({"pretrained": "metaclip_fullcc", "position_std": 1.0}, "for random weights"),
     ],
 )
 def test_wrong_arguments_name_the_cure(arguments: dict[str, object], message: str) -> None:
@@ -254,6 +255,19 @@ def test_rebuilding_needs_no_pretrained_file(tmp_path: Path) -> None:
     rebuilt.load_state_dict(encoder.state_dict())
     pixels = torch.randn(1, 3, 32, 32)
     assert torch.equal(rebuilt(pixels), encoder(pixels))
+
+
+def test_positions_start_at_the_given_scale() -> None:
+    """Guards against positions that drown in white: where anything is, was not learned then.
+
+    And against a checkpoint that begins no other run, because its tower started otherwise.
+    """
+    positions = [
+        MetaCLIP(**SIZES, position_std=std).visual.positional_embedding for std in (None, 1.0)
+    ]
+    assert positions[0].std().item() == pytest.approx(24**-0.5, rel=0.2)
+    assert positions[1].std().item() == pytest.approx(1.0, rel=0.2)
+    assert MetaCLIP(**SIZES, position_std=1.0).init_args == MetaCLIP(**SIZES).init_args
 
 
 def test_sizes_of_the_model_are_recorded() -> None:
