@@ -53,11 +53,15 @@ class Fused:
     ``adapters`` maps a layer index to a module called as ``module(hidden, context)`` right before
     that layer; ``context`` is what the adapters need (vision keys and values, masks). Early fusion
     leaves both empty.
+
+    ``blocks``, int64 ``[B, T]``, is 0 on ordinary tokens, which are causal, and n > 0 on those of
+    block n of their row, which see each other in both directions; None if all are ordinary.
     """
 
     embeds: Tensor
     adapters: Mapping[int, nn.Module] = field(default_factory=dict)
     context: Context | None = None
+    blocks: Tensor | None = None
 
 
 class Fusion(nn.Module, ABC):

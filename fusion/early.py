@@ -1,7 +1,8 @@
 """Early fusion: projected patch features replace the placeholder tokens, and nothing else changes.
 
 The backbone then reads one sequence and never learns that some of its tokens were pixels, as in
-Llama 4 (transformers ``Llama4ForConditionalGeneration``).
+Llama 4 (transformers ``Llama4ForConditionalGeneration``); at most it is told which tokens may see
+each other in both directions.
 """
 
 from typing import Literal
@@ -23,6 +24,14 @@ class EarlyFusion(Fusion):
         [ no   image is in here ]  ->  [ no   image is in here ]
         [ P    P     P  P  same ]      [ b1   b2    c1 c2 same ]
 
+    Llama 4 reads images causally, as it does text. With ``bidirectional``, the tokens of an image
+    see each other, whichever of its tiles they are of; marks and separators (``|``) stay causal,
+    as text does. A token's block is where its image begins, counted from 1. An image of three
+    tiles and one of a single tile, one token each::
+
+        tokens  see  (  P  |  P  |  |  P  )  (  |  P  )  ?
+        blocks   0   0  2  0  2  0  0  2  0  0  0 10  0  0
+
     Args:
         encoder_width: V, features per patch; supplied by the model.
         encoder_grid: patches a side of a tile; supplied by the model.
@@ -32,6 +41,9 @@ class EarlyFusion(Fusion):
         hidden: width of the ``mlp`` projector; None takes D.
         scale: root mean square of the image tokens at the start. The default is that of the
             backbone's text embeddings; where its ``init_std`` is set, give the same number here.
+        bidirectional: let the tokens of an image see each other in both directions, as in Gemma 3
+            (transformers ``gemma3``, ``get_block_sequence_ids_for_mask``, whose blocks are runs of
+            image tokens without anything between them).
 
     Raises:
         ValueError: the grid does not divide into squares of ``shuffle``, or ``hidden`` is given
@@ -47,6 +59,7 @@ class EarlyFusion(Fusion):
         shuffle: int = 2,
         hidden: int | None = None,
         scale: float = 1.0,
+        bidirectional: bool = False,
     ) -> None:
         super().__init__()
         sizes = (encoder_width, encoder_grid, width)
@@ -61,6 +74,7 @@ class EarlyFusion(Fusion):
             )
         self.tokens_per_tile = self.projector.tokens_per_tile
         self.patches = encoder_grid**2
+        self.bidirectional = bidirectional
 
     def forward(self, embeds: Tensor, features: Tensor, layout: ImageLayout) -> Fused:
         """Fuse text embeddings ``[B, T, D]`` with patch features ``[N, P, V]``.
@@ -82,7 +96,12 @@ class EarlyFusion(Fusion):
             raise ValueError(self._mismatch(len(features), layout))
         # Out of place: the embeddings may be a leaf, and their own gradient must stay whole.
         fused = embeds.flatten(0, 1).index_copy(0, places, tokens.to(embeds.dtype))
-        return Fused(fused.view_as(embeds))
+        blocks = None
+        if self.bidirectional and len(tokens):
+            images = (layout.tile_starts + 1).repeat_interleave(self.tokens_per_tile)
+            blocks = torch.zeros_like(layout.patches, dtype=torch.int64).flatten()
+            blocks = blocks.index_copy(0, places, images).view_as(layout.patches)
+        return Fused(fused.view_as(embeds), blocks=blocks)
 
     def _mismatch(self, tiles: int, layout: ImageLayout) -> str:
         """Say which rows of the batch hold the wrong number of placeholders."""

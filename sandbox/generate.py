@@ -202,7 +202,12 @@ def _decode(
     cache = KVCache(backbone.config, B, T + sampling.max_tokens - 1, like=prompt.embeds)
     adapters, context = prompt.adapters, prompt.context
     hidden = backbone(
-        embeds=prompt.embeds, documents=documents, cache=cache, adapters=adapters, context=context
+        embeds=prompt.embeds,
+        documents=documents,
+        blocks=prompt.blocks,
+        cache=cache,
+        adapters=adapters,
+        context=context,
     ).hidden
     last = cache.lengths - 1
     hidden = hidden[torch.arange(B, device=device), last]

@@ -169,6 +169,7 @@ class VisionLanguageModel(nn.Module):
             positions=None if plain else batch.positions,
             documents=batch.documents,
             branches=batch.branches,
+            blocks=fused.blocks,
             adapters=fused.adapters,
             context=fused.context,
         )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sandbox.backbone.attention import Visibility, attend, visible
+from sandbox.backbone.attention import Coordinates, Visibility, attend, visible
 from sandbox.backbone.config import BackboneConfig
 from sandbox.backbone.transformer import Backbone
 
@@ -13,9 +13,10 @@ def drawn(picture: str) -> torch.Tensor:
     return torch.tensor([[c == "1" for c in row.split()] for row in picture.strip().splitlines()])
 
 
-def rule(positions, documents, branches, chunk=None):
+def rule(positions, documents, branches, blocks=None, *, chunk=None):
     """The mask of a sequence over itself."""
-    coordinates = tuple(torch.tensor(x) for x in (positions, documents, branches))
+    blocks = blocks or [0] * len(positions)
+    coordinates = Coordinates(*map(torch.tensor, (positions, documents, branches, blocks)))
     return visible(coordinates, coordinates, chunk)
 
 
@@ -52,6 +53,44 @@ def test_branches_as_drawn():
     assert rule([0, 1, 2, 3, 2], [0] * 5, [0, 0, 1, 1, 2]).equal(drawn(picture))
 
 
+def test_blocks_as_drawn():
+    """Guards against an image read from left to right, and against text that sees ahead."""
+    sequence = ([0, 1, 2, 3, 4], [0] * 5, [0] * 5, [0, 1, 1, 1, 0])
+    everywhere = """
+        1 . . . .
+        1 1 1 1 .
+        1 1 1 1 .
+        1 1 1 1 .
+        1 1 1 1 1
+    """
+    chunked = """
+        1 . . . .
+        1 1 . . .
+        . . 1 1 .
+        . . 1 1 .
+        . . . . 1
+    """
+    assert rule(*sequence).equal(drawn(everywhere))
+    assert rule(*sequence, chunk=2).equal(drawn(chunked))
+
+
+@pytest.mark.parametrize(
+    ("documents", "branches"), [([0, 0, 0, 1, 1], [0] * 5), ([0] * 5, [0, 1, 1, 2, 2])]
+)
+def test_blocks_end_with_their_document_and_branch(documents, branches):
+    """Guards against images of the same number that see each other out of two questions."""
+    positions = [0, 1, 2, 1, 2]
+    causal, seen = (rule(positions, documents, branches, b) for b in (None, [0, 7, 7, 7, 7]))
+    picture = """
+        . . . . .
+        . . 1 . .
+        . . . . .
+        . . . . 1
+        . . . . .
+    """
+    assert (seen ^ causal).equal(drawn(picture))
+
+
 CONFIG = BackboneConfig(chunk=5)
 
 
@@ -78,8 +117,9 @@ def test_folding_plain_rows_is_exact(T):
     compare(view, visible(view.coordinates, view.coordinates, 5), random_qkv(2, T))
 
 
-def test_folding_packed_rows_is_exact():
-    """Guards against documents whose chunks do not line up with the folds."""
+@pytest.mark.parametrize("seen", ["causal", "blocks"])
+def test_folding_packed_rows_is_exact(seen):
+    """Guards against documents whose chunks, and blocks there, do not line up with the folds."""
     lengths = [[13, 9, 3], [7, 12, 4]]
     positions = torch.stack(
         [
@@ -93,7 +133,8 @@ def test_folding_packed_rows_is_exact():
         for d, n in enumerate(row):
             documents[b, start : start + n] = d
             start += n
-    view = Visibility(CONFIG, torch.ones(4), positions, documents)
+    blocks = positions // 4 if seen == "blocks" else None  # across chunks, and across folds
+    view = Visibility(CONFIG, torch.ones(4), positions, documents, blocks=blocks)
     mask = visible(view.coordinates, view.coordinates, 5)
     qkv = random_qkv(2, 25)
     folded = view.attend(*qkv, local=True)
@@ -154,3 +195,21 @@ def test_temperature_follows_true_positions_under_packing():
     tokens = torch.randint(0, 50, (1, 8))
     shifted = model(tokens, positions=torch.arange(8)[None] + 100).hidden
     assert not torch.allclose(shifted, model(tokens).hidden, atol=1e-4)
+
+
+@pytest.mark.parametrize("T", [9, 15, 16, 31])
+def test_rows_of_one_document_with_blocks_are_exact(T):
+    """Guards against an image that loses what it sees ahead, where rows are folded and not."""
+    positions = torch.arange(T).expand(2, T)
+    view = Visibility(CONFIG, torch.ones(4), positions, blocks=positions // 3 % 4, plain=True)
+    compare(view, visible(view.coordinates, view.coordinates, 5), random_qkv(2, T))
+
+
+def test_blocks_of_one_token_are_causal():
+    """Guards against a block that changes more than the order within it."""
+    model = small()
+    tokens = torch.randint(0, 50, (2, 21))
+    alone = model(tokens, blocks=torch.arange(1, 22).expand(2, 21)).hidden
+    torch.testing.assert_close(alone, model(tokens).hidden, atol=2e-5, rtol=0)
+    together = model(tokens, blocks=torch.ones_like(tokens)).hidden
+    assert not torch.allclose(together, alone, atol=1e-2)

@@ -67,6 +67,24 @@ def test_ragged_rows_decode_as_if_alone(chunk):
         torch.testing.assert_close(decoded[row], logits(model, alone)[0, length:], **TOLERANCE)
 
 
+@pytest.mark.parametrize("chunk", [4, 8, None])
+@pytest.mark.parametrize("split", [[20, *[1] * 9], [20, 9], [9, 11, *[1] * 9]], ids=str)
+def test_images_are_read_in_both_directions_before_decoding(chunk, split):
+    """Guards against a prompt read causally where training was not; images cross chunk borders."""
+    model = backbone(chunk)
+    tokens, blocks = torch.randint(0, VOCABULARY, (2, T)), torch.zeros(2, T, dtype=torch.int64)
+    blocks[0, 2:9] = 3
+    blocks[:, 10:19] = 11
+    cache = KVCache(model.config, rows=2, capacity=T, like=torch.zeros(()))
+    pieces = [
+        logits(model, piece, blocks=block if block.any() else None, cache=cache)
+        for piece, block in zip(tokens.split(split, 1), blocks.split(split, 1), strict=True)
+    ]
+    full = logits(model, tokens, blocks=blocks)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), full, **TOLERANCE)
+    assert not torch.allclose(full[:, 10:], logits(model, tokens)[:, 10:], atol=1e-2)
+
+
 def test_rows_can_leave():
     """Guards against rows mixed up when a finished reply leaves the batch."""
     model = backbone(8)

@@ -14,7 +14,7 @@ from torch import Tensor
 import fusion
 from fusion.base import Fused, Fusion
 from fusion.early import EarlyFusion
-from fusion.layout import IMAGE, PATCH, image_span
+from fusion.layout import IMAGE, IMAGE_END, IMAGE_START, PATCH, TILE_X, TILE_Y, image_span
 from sandbox.data.batch import Batch
 
 V, GRID, D = 24, 4, 32  # of the toy encoder and backbone
@@ -236,6 +236,36 @@ def test_rows_are_as_drawn() -> None:
     fused = built(embeds, features, layout)
     assert fused.embeds[..., 0].tolist() == [[number[word] for word in row] for row in after]
     assert not fused.adapters
+
+
+def test_blocks_are_as_drawn() -> None:
+    """Guards against an image cut in two by its separators, or one that runs into the next."""
+    drawing = inspect.getdoc(EarlyFusion) or ""
+    tokens, blocks = (
+        re.findall(rf"^ +{name} +(.*)$", drawing, re.MULTILINE)[0].split()
+        for name in ("tokens", "blocks")
+    )
+    signs = {IMAGE_START: "(", IMAGE_END: ")", PATCH: "P", TILE_X: "|", TILE_Y: "|", IMAGE: "|"}
+    images = [*image_span(1, 1, 2), *image_span(1)]
+    assert tokens == ["see", *(signs[name] for name in images), "?"]
+
+    built = EarlyFusion(V, GRID, D, shuffle=GRID, bidirectional=True)
+    layout = SimpleNamespace(
+        patches=torch.tensor([[token == "P" for token in tokens]]),
+        tile_rows=torch.tensor([0, 0, 0, 0]),
+        tile_starts=torch.tensor([1, 1, 1, 9]),
+    )
+    embeds, features = torch.randn(1, len(tokens), D), torch.randn(4, GRID**2, V)
+    assert built(embeds, features, layout).blocks.tolist() == [[int(block) for block in blocks]]
+    built.bidirectional = False
+    assert built(embeds, features, layout).blocks is None
+
+
+def test_a_batch_without_images_has_no_blocks() -> None:
+    """Guards against text that pays for a mask since the model could see."""
+    built = EarlyFusion(V, GRID, D, bidirectional=True)
+    layout = batch(built.tokens_per_tile, [0, 0])
+    assert built(*inputs(layout), layout).blocks is None
 
 
 @pytest.mark.parametrize("projector", ["mlp", "linear"])

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image as PILImage
 from torch import Tensor, nn
 
@@ -60,25 +61,30 @@ PROMPTS = [
 
 
 def by_full_passes(
-    backbone: Backbone, embeds: Tensor, sampling: Sampling, draws: Tensor
+    backbone: Backbone, prompt: Fused, sampling: Sampling, draws: Tensor
 ) -> list[int]:
     """One row's reply without a cache: the whole sequence is read again for every token."""
     reply: list[int] = []
+    embeds, blocks = prompt.embeds[0], prompt.blocks
     with torch.no_grad():
         for draw in draws:
-            logits = backbone.unembed(backbone(embeds=embeds[None]).hidden[:, -1])
+            hidden = backbone(embeds=embeds[None], blocks=blocks).hidden
+            logits = backbone.unembed(hidden[:, -1])
             token = choose(logits, sampling, draw[None])
             if int(token) in sampling.stop_ids:
                 break
             reply.append(int(token))
             embeds = torch.cat((embeds, backbone.embed(token)))
+            blocks = None if blocks is None else F.pad(blocks, (0, 1))
     return reply
 
 
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "both"])
 @pytest.mark.parametrize("size", [1, 3, 7])
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_reply_does_not_depend_on_its_batch(model, sampling, size):
+def test_a_reply_does_not_depend_on_its_batch(model, sampling, size, bidirectional, monkeypatch):
     """Guards against padding, images, finished rows or random draws that reach a neighbour."""
+    monkeypatch.setattr(model.fusion, "bidirectional", bidirectional)
     ends = (*range(0, model.tokenizer.vocab_size, 9), *model.tokenizer.stop_ids)
     seeds = range(5, 5 + len(PROMPTS))  # with so many ends, rows leave at all times
     sampling = Sampling(**vars(sampling) | {"stop_ids": ends, "seed": seeds})
@@ -86,8 +92,8 @@ def test_a_reply_does_not_depend_on_its_batch(model, sampling, size):
     expected = []
     for example, draws in zip(examples, sampling.draws(len(PROMPTS)), strict=True):
         with torch.no_grad():
-            embeds = model.fuse(collate([example])).embeds[0]
-        expected.append(by_full_passes(model.backbone, embeds, sampling, draws))
+            prompt = model.fuse(collate([example]))
+        expected.append(by_full_passes(model.backbone, prompt, sampling, draws))
     assert len({len(reply) for reply in expected}) > 3
     for start in range(0, len(examples), size):
         rows = slice(start, start + size)
@@ -106,7 +112,8 @@ def test_ids_need_no_tokenizer():
     assert backbone.training
     backbone.eval()
     for row, reply in zip(tokens, found, strict=True):
-        full = by_full_passes(backbone, backbone.embed(row), GREEDY, GREEDY.draws(1)[0])
+        prompt = Fused(backbone.embed(row)[None])
+        full = by_full_passes(backbone, prompt, GREEDY, GREEDY.draws(1)[0])
         assert reply == full
         assert len(reply) == GREEDY.max_tokens > 2 * CHUNK
     with pytest.raises(UserError, match="stop_ids"):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -300,8 +301,9 @@ TOKENIZER = Tokenizer.load()
 def trained(balance: str = "loss", encoder: Any = None, **changes: Any) -> VisionLanguageModel:
     """A model of ours that transformers can express, unless changed."""
     torch.manual_seed(3)
-    shuffle, projector = changes.pop("shuffle", 2), changes.pop("projector", "mlp")
-    hidden = 40 if projector == "mlp" else None
+    fusion = {"projector": "mlp", "shuffle": 2, "bidirectional": False}
+    fusion = {key: changes.pop(key, value) for key, value in fusion.items()}
+    fusion["hidden"] = 40 if fusion["projector"] == "mlp" else None
     config = {
         "vocab_size": TOKENIZER.vocab_size,
         "width": 64,
@@ -315,7 +317,7 @@ def trained(balance: str = "loss", encoder: Any = None, **changes: Any) -> Visio
     }
     model = VisionLanguageModel(
         encoder or Llama4Vision(16, 4, width=32, layers=2, heads=2, hidden=128),
-        lambda *sizes: EarlyFusion(*sizes, projector=projector, shuffle=shuffle, hidden=hidden),
+        partial(EarlyFusion, **fusion),
         BackboneConfig(**(config | {"balance": balance} | changes)),
         TOKENIZER,
     )
@@ -383,6 +385,7 @@ def test_what_transformers_cannot_express_is_named(tmp_path):
     refusals = {
         r"the encoder is encoders\.patches\.Patches": {"encoder": Patches(16, 4, 32)},
         r"fusion\.projector is \"linear\", must be \"mlp\"": {"projector": "linear"},
+        r"fusion\.bidirectional is true, must be false": {"bidirectional": True},
         r"encoder\.hidden is 128, must be 512": {"shuffle": 4},
         r"router_score is \"softmax\".*; backbone\.router_placement is \"output\"": {
             "router_score": "softmax",
@@ -481,6 +484,7 @@ def test_the_commands(tmp_path, capsys):
 # The imports leave a high-water mark above what is measured, so it is reset; RUSAGE's cannot be.
 MEASURE = """
 import re, sys
+from functools import partial
 from pathlib import Path
 from sandbox.checkpoint import {command}
 import safetensors.torch, torch

@@ -1,5 +1,7 @@
 """Encoder, fusion and backbone together: text, images, packing, decoding."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,7 @@ def picture(seed: int, size: int = 16) -> PILImage.Image:
     return PILImage.fromarray(pixels)
 
 
-def build(**changes) -> VisionLanguageModel:
+def build(bidirectional: bool = False, max_tiles: int = 1, **changes) -> VisionLanguageModel:
     """A small model whose chunk (8) is shorter than any prompt with an image."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.load()
@@ -32,12 +34,17 @@ def build(**changes) -> VisionLanguageModel:
         | changes
     )
     encoder = Patches(tile_size=16, patch_size=4, width=24)
-    return VisionLanguageModel(encoder, EarlyFusion, config, tokenizer).eval()
+    fusion = partial(EarlyFusion, bidirectional=bidirectional)
+    return VisionLanguageModel(encoder, fusion, config, tokenizer, max_tiles=max_tiles).eval()
 
 
-def test_text_alone_is_the_bare_backbone_to_the_bit():
+both_directions = pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "both"])
+
+
+@both_directions
+def test_text_alone_is_the_bare_backbone_to_the_bit(bidirectional):
     """Guards against a multimodal detour that changes the language model's text behaviour."""
-    model = build()
+    model = build(bidirectional)
     batch = collate([model.prompts.encode(Prompt.ask("How many bars are there?"), reply=True)])
     bare = model.backbone(batch.tokens)
     output = model(batch)
@@ -74,10 +81,38 @@ def test_several_images_anywhere_are_read_in_order():
     assert not images[0][0].allclose(images[0][1], atol=1e-2)
 
 
+@both_directions
+@pytest.mark.parametrize("max_tiles", [1, 4])
+def test_who_sees_a_later_pixel(bidirectional, max_tiles):
+    """Guards against an image blind to what comes later in it, and text or images that are not."""
+    model = build(bidirectional, max_tiles)
+
+    def read(*images: PILImage.Image, question: str = " which?"):
+        """Hidden states ``[T, D]``, the placeholders, and where both images begin."""
+        one, two = map(Image, images)
+        turn = Turn("user", ["see ", one, " and ", two, question])
+        batch = collate([model.prompts.encode(Prompt([turn]))])
+        starts = batch.tile_starts.unique().tolist()
+        return model(batch).hidden[0].detach(), batch.patches[0], *starts
+
+    hidden, patches, first, second = read(picture(1, 32), picture(2, 32))
+    edited = picture(1, 32)
+    edited.paste((255, 255, 255), (24, 24, 32, 32))  # its last corner
+    changed = (read(edited, picture(2, 32))[0] - hidden).abs().amax(1) > 1e-5
+    image = changed[:second][patches[:second]]
+    assert image.all() if bidirectional else not image[0]
+    assert image[-1]
+    assert not changed[: first + 1].any()
+    assert changed[second:].all()
+    later = read(picture(1, 32), picture(3, 32), question=" what else?")[0]
+    torch.testing.assert_close(later[:second], hidden[:second], atol=1e-5, rtol=0)
+
+
+@both_directions
 @pytest.mark.parametrize("step", [1, 3])
-def test_cached_decoding_with_images_in_the_prefix(step):
+def test_cached_decoding_with_images_in_the_prefix(step, bidirectional):
     """Guards against chunk boundaries and positions that images shift, prefill and decode."""
-    model = build()
+    model = build(bidirectional)
     video = Video([picture(1), picture(2)], [0.0, 1.5])
     turn = Turn("user", ["look: ", Image(picture(3)), video, " how many bars are there in all?"])
     batch = collate([model.prompts.encode(Prompt([turn]), reply=True)])
@@ -107,9 +142,10 @@ def test_replies_do_not_depend_on_the_rows_beside_them():
     assert model.generate([]) == []
 
 
-def test_packed_samples_answer_as_if_alone():
+@both_directions
+def test_packed_samples_answer_as_if_alone(bidirectional):
     """Guards against packing that lets sample B see sample A, or hands it A's picture."""
-    model = build()
+    model = build(bidirectional)
     questions = (Question("red?", "yes", "a"), Question("how many?", "3", "b"))
     samples = [Sample((picture(i),), questions, str(i)) for i in range(2)]
     examples = [model.prompts.encode_sample(s) for s in samples]

@@ -9,7 +9,7 @@ import torch
 from encoders.patches import Patches
 from fusion.early import EarlyFusion
 from sandbox.backbone.config import BackboneConfig
-from sandbox.checkpoint import save_model
+from sandbox.checkpoint import load_model, save_model
 from sandbox.errors import UserError
 from sandbox.model import VisionLanguageModel
 from sandbox.tokenizer import Tokenizer
@@ -81,6 +81,22 @@ def test_what_does_not_fit_is_refused(saved: Path, start: dict[str, Any], part: 
     with pytest.raises(UserError, match=message):
         start_from(mine, {part: str(saved)})
     assert same(mine, model(2, **start)), "nothing was taken over"
+
+
+def test_a_checkpoint_older_than_an_argument_has_its_default(tmp_path: Path):
+    """Guards against old runs that no longer load, or are taken for another configuration."""
+    path = tmp_path / "old.safetensors"
+    old = model(1)
+    del old.fusion.init_args["bidirectional"]
+    save_model(old, path)
+    assert load_model(path).fusion.bidirectional is False
+    start = model(2)
+    start_from(start, {"fusion": str(path)})
+    assert same(start.fusion, old.fusion)
+    other = model(2)
+    other.fusion = EarlyFusion(**{**other.fusion.init_args, "bidirectional": True})
+    with pytest.raises(UserError, match=r"init_args\.bidirectional is False there, True here"):
+        start_from(other, {"fusion": str(path)})
 
 
 def test_a_checkpoint_without_the_part_says_what_it_has(tmp_path: Path):

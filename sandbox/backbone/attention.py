@@ -4,7 +4,7 @@ Which keys a query may see is decided once a forward pass, by ``Visibility``, an
 layers. Rows that are plain sequences never build a mask.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +19,32 @@ if TYPE_CHECKING:
     from sandbox.backbone.cache import KVCache
 
 NOWHERE = -2  # a document that no token belongs to: its keys are seen by nothing
-Coordinates = tuple[Tensor, Tensor, Tensor]  # positions, documents, branches
+NO_BLOCK = -1  # no key is of this block
+
+
+class Coordinates(NamedTuple):
+    """What decides who sees whom: int64 ``[B, T]`` each, of queries or of keys.
+
+    Attributes:
+        positions: true positions.
+        documents: packing ids.
+        branches: 0 on the trunk, k on the k-th branch.
+        blocks: 0 on ordinary tokens, n > 0 on the tokens of block n.
+    """
+
+    positions: Tensor
+    documents: Tensor
+    branches: Tensor
+    blocks: Tensor
 
 
 def visible(query: Coordinates, key: Coordinates, chunk: int | None) -> Tensor:
-    """The visibility rule: bool ``[..., Tq, Tk]`` from (positions, documents, branches) of each.
+    """The visibility rule: bool ``[..., Tq, Tk]`` from the coordinates of each.
 
-    A query sees a key of the same document that is not after it, on the trunk (branch 0) or its
-    own branch and, on local layers, in the same chunk of positions. Rows are queries. Two packed
-    documents of 3 and 2 tokens (``documents = 0 0 0 1 1``), globally and with ``chunk = 2``::
+    A query sees a key of the same document that is not after it, or in the same block, on the
+    trunk (branch 0) or its own branch and, on local layers, in the same chunk of positions. Rows
+    are queries. Two packed documents of 3 and 2 tokens (``documents = 0 0 0 1 1``), globally and
+    with ``chunk = 2``::
 
         1 . . . .      1 . . . .
         1 1 . . .      1 1 . . .
@@ -43,10 +60,19 @@ def visible(query: Coordinates, key: Coordinates, chunk: int | None) -> Tensor:
         1 1 1 . .
         1 1 1 1 .
         1 1 . . 1
+
+    Text around an image of three tokens (``blocks = 0 1 1 1 0``), globally and with ``chunk = 2``::
+
+        1 . . . .      1 . . . .
+        1 1 1 1 .      1 1 . . .
+        1 1 1 1 .      . . 1 1 .
+        1 1 1 1 .      . . 1 1 .
+        1 1 1 1 1      . . . . 1
     """
-    q_position, q_document, q_branch = (x.unsqueeze(-1) for x in query)
-    k_position, k_document, k_branch = (x.unsqueeze(-2) for x in key)
-    mask = (q_document == k_document) & (k_position <= q_position)
+    q_position, q_document, q_branch, q_block = (x.unsqueeze(-1) for x in query)
+    k_position, k_document, k_branch, k_block = (x.unsqueeze(-2) for x in key)
+    mask = (k_position <= q_position) | (k_block == q_block.where(q_block > 0, NO_BLOCK))
+    mask &= q_document == k_document
     mask &= (k_branch == 0) | (k_branch == q_branch)
     if chunk is not None:
         mask &= q_position // chunk == k_position // chunk
@@ -81,7 +107,7 @@ def attend(
 
 
 class Visibility:
-    """Positions, documents and branches of one forward pass, and attention under their rule.
+    """The coordinates of one forward pass, and attention under their rule.
 
     Attributes:
         positions: int64 ``[B, T]``, true positions.
@@ -96,13 +122,15 @@ class Visibility:
         positions: Tensor,
         documents: Tensor | None = None,
         branches: Tensor | None = None,
+        blocks: Tensor | None = None,
         plain: bool = False,
     ) -> None:
         self.chunk = config.chunk
         self.positions = positions
         self.documents = documents
         self.branches = branches
-        self.plain = plain and documents is None and branches is None
+        self.blocks = blocks
+        self.plain = plain and documents is None and branches is None and blocks is None
         self.turn = rope.rotation(positions, frequency)
         self.temperature = None
         if config.temperature_scale:
@@ -112,10 +140,10 @@ class Visibility:
 
     @property
     def coordinates(self) -> Coordinates:
-        """Positions, documents and branches, each ``[B, T]``."""
+        """Of every token; what was not given is 0."""
         zeros = torch.zeros_like(self.positions)
-        documents = zeros if self.documents is None else self.documents
-        return self.positions, documents, zeros if self.branches is None else self.branches
+        given = (self.documents, self.branches, self.blocks)
+        return Coordinates(self.positions, *(zeros if x is None else x for x in given))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, local: bool) -> Tensor:
         """Self-attention of a whole sequence, ``[B, T, heads, K]`` each, without a cache."""
@@ -123,8 +151,9 @@ class Visibility:
         chunk = self.chunk if local else None
         if self.plain:
             return attend(q, k, v) if chunk is None or chunk >= T else self._folded(q, k, v, chunk)
-        if chunk is not None and self.branches is None and 2 * chunk < T:
-            return self._folded_with_neighbour(q, k, v, chunk)
+        folds = 2 if self.blocks is None else 3
+        if chunk is not None and self.branches is None and folds * chunk < T:
+            return self._folded_with_neighbours(q, k, v, chunk)
         if local not in self._masks:
             self._masks[local] = visible(self.coordinates, self.coordinates, chunk)
         return attend(q, k, v, self._masks[local])
@@ -138,28 +167,30 @@ class Visibility:
         )
         return attend(q, k, v).reshape(B, -1, *q.shape[2:])[:, :T]
 
-    def _folded_with_neighbour(self, q: Tensor, k: Tensor, v: Tensor, C: int) -> Tensor:
+    def _folded_with_neighbours(self, q: Tensor, k: Tensor, v: Tensor, C: int) -> Tensor:
         """Local attention of packed rows: each fold of C queries sees its own and the last fold.
 
         A chunk of positions is at most C places long and contiguous, so it begins no earlier than
-        one fold before the query's; the mask picks it out.
+        one fold before the query's, and ends no later than one fold behind it, which matters to
+        blocks alone; the mask picks it out.
         """
         B, T = q.shape[:2]
         tail = -T % C
+        ahead = 0 if self.blocks is None else C
+        end, reach = tail + ahead, 2 * C + ahead
         q = F.pad(q, (0, 0, 0, 0, 0, tail)).reshape(-1, C, *q.shape[2:])
         k, v = (
-            F.pad(x, (0, 0, 0, 0, C, tail)).unfold(1, 2 * C, C).movedim(-1, 2).flatten(0, 1)
+            F.pad(x, (0, 0, 0, 0, C, end)).unfold(1, reach, C).movedim(-1, 2).flatten(0, 1)
             for x in (k, v)
         )
         if True not in self._masks:
             padded = [
-                F.pad(x, (C, tail), value=fill)
-                for x, fill in zip(self.coordinates, (0, NOWHERE, 0), strict=True)
+                F.pad(x, (C, end), value=fill)
+                for x, fill in zip(self.coordinates, (0, NOWHERE, 0, 0), strict=True)
             ]
-            p, d, b = (x[:, C:].unflatten(1, (-1, C)) for x in padded)
-            keys = [x.unfold(1, 2 * C, C) for x in padded]
-            mask = visible((p, d, b), (keys[0], keys[1], keys[2]), C)
-            self._masks[True] = mask.flatten(0, 1)
+            queries = Coordinates(*(x[:, C : C + T + tail].unflatten(1, (-1, C)) for x in padded))
+            keys = Coordinates(*(x.unfold(1, reach, C) for x in padded))
+            self._masks[True] = visible(queries, keys, C).flatten(0, 1)
         return attend(q, k, v, self._masks[True]).reshape(B, -1, *q.shape[2:])[:, :T]
 
 

@@ -8,7 +8,7 @@ rule ``slot <= position`` until the tokens that follow overwrite it.
 import torch
 from torch import Tensor
 
-from sandbox.backbone.attention import NOWHERE, Visibility, attend, visible
+from sandbox.backbone.attention import NOWHERE, Coordinates, Visibility, attend, visible
 from sandbox.backbone.config import BackboneConfig
 from sandbox.errors import UserError
 
@@ -104,14 +104,9 @@ class KVCache:
             assert self.chunk is not None
             positions = lengths // self.chunk * self.chunk + positions
         documents = torch.where(positions < lengths, 0, NOWHERE)
-        branches = torch.zeros_like(positions)
-        new = view.coordinates
-        old = (positions, documents, branches)
-        both = (
-            torch.cat((old[0], new[0]), dim=1),
-            torch.cat((old[1], new[1]), dim=1),
-            torch.cat((old[2], new[2]), dim=1),
-        )
+        zeros = torch.zeros_like(positions)
+        new, old = view.coordinates, Coordinates(positions, documents, zeros, zeros)
+        both = Coordinates(*(torch.cat(pair, dim=1) for pair in zip(old, new, strict=True)))
         return attend(
             q,
             torch.cat((self.keys[layer][:, :held], k), dim=1),

@@ -104,6 +104,7 @@ class Backbone(nn.Module):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         branches: Tensor | None = None,
+        blocks: Tensor | None = None,
         cache: KVCache | None = None,
         adapters: Mapping[int, nn.Module] | None = None,
         context: Any = None,
@@ -117,6 +118,8 @@ class Backbone(nn.Module):
             documents: packing ids ``[B, T]``; tokens see their own document only, and negative ids
                 are padding. With a cache, a row is one document, padded on the right.
             branches: ``[B, T]``, see ``attention.visible``; not with a cache.
+            blocks: ``[B, T]``, 0 or the number of a token's block, whose tokens see each other in
+                both directions. With a cache, a block is read whole, in one call.
             cache: keys and values so far; the new tokens join it.
             adapters: modules called as ``module(hidden, context)`` before the given layers.
             context: what the adapters need.
@@ -143,7 +146,7 @@ class Backbone(nn.Module):
                 positions = positions + cache.lengths[:, None]
         plain = plain and (cache is None or cache.longest == 0)
         visibility = Visibility(
-            self.config, self.frequency, positions, documents, branches, plain=plain
+            self.config, self.frequency, positions, documents, branches, blocks, plain
         )
         routing: list[Routing] = []
         for i, layer in enumerate(self.layers):

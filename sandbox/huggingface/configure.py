@@ -155,7 +155,8 @@ def _obstacles(model_type: str, description: Mapping[str, Any]) -> Iterator[str]
         }
         yield from _differing("fusion", shared, fusion)
         return
-    yield from _differing("fusion", {"projector": "mlp"}, fusion)
+    causal = {"bidirectional": False}  # absent before it could be chosen
+    yield from _differing("fusion", {"projector": "mlp"} | causal, causal | fusion)
     if fusion["shuffle"] not in (1, 2, 4, 8):  # its inverse is told, and has to be exact
         yield f"fusion.shuffle is {fusion['shuffle']}, must be 1, 2, 4 or 8"
     merged = {"hidden": encoder["width"] * fusion["shuffle"] ** 2}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,15 @@ def _load_part(model: VisionLanguageModel, part: str, path: Path) -> None:
     if there is None:
         held = ", ".join(name for name in PARTS if description["model"].get(name))
         raise UserError(f"init_from.{part}: checkpoint {path} holds no {part} (it has: {held})")
+    here: Any = model.describe()[part]
+    own: Any = getattr(model, part)
+    if part != "backbone":
+        arguments = _with_gained(there["init_args"], here["init_args"], type(own))
+        there = there | {"init_args": arguments}
     # Through JSON, as a checkpoint may have been: it knows no tuples.
-    there, here = json.loads(json.dumps([there, model.describe()[part]]))
+    there, here = json.loads(json.dumps([there, here]))
     if found := _unlike(there, here):
         raise UserError(f"init_from.{part}: checkpoint {path} is of another configuration: {found}")
-    own: Any = getattr(model, part)
     state = _below(tensors, part)
     if part == "encoder":
         try:
@@ -84,6 +89,13 @@ def _below(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     """The tensors of a part, by their names inside it."""
     prefix = f"{part}."
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _with_gained(there: Mapping[str, Any], here: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """Recorded arguments, and the defaults of those that their class has gained since."""
+    parameters = signature(kind).parameters
+    gained = {name: parameters[name].default for name in here.keys() - there.keys()}
+    return {**there, **{k: v for k, v in gained.items() if v is not Parameter.empty}}
 
 
 def _unlike(there: Any, here: Any, path: str = "") -> str:
