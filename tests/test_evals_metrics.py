@@ -1,9 +1,16 @@
 """Scores and baselines against values worked out by hand."""
 
+import json
+from operator import mul
+from pathlib import Path
+from random import Random
+from statistics import fmean
+
 import pytest
 
 from sandbox.data.task import Question
 from sandbox.evals.metrics import (
+    exact,
     exact_match,
     guess_among_present,
     majority_answers,
@@ -32,6 +39,14 @@ def ask(text: str, answer: str, kind: str = "kind", present: tuple[str, ...] = (
 def test_exact_match(prediction: str, reference: str, equal: bool) -> None:
     """Guards against substring matching and against case or line ends counting as errors."""
     assert exact_match(prediction, reference) is equal
+
+
+def test_golden_records_of_exact_match() -> None:
+    """Guards against normalising more than is promised, and against a second answer not read."""
+    lines = (Path(__file__).parent / "golden/exact.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len(records) >= 150
+    assert not [r for r in records if exact(r["prediction"], r["answers"]).score != r["score"]]
 
 
 def test_majority_answers_fall_back_from_text_to_type_to_everything() -> None:
@@ -130,6 +145,16 @@ def test_wilson_interval_is_mirrored_and_widens_with_confidence() -> None:
     for total in range(1, 60):
         assert 0 <= wilson_interval(0, total)[0] < 1e-15
         assert 1 >= wilson_interval(total, total)[1] > 1 - 1e-15
+
+
+def test_wilson_interval_of_graded_scores_is_wide_enough() -> None:
+    """Guards against an interval that fits right-or-wrong answers alone: VQA's score has steps."""
+    rng = Random(1)
+    levels, weights = [0, 0.3, 0.6, 0.9, 1], [5, 1, 1, 1, 4]
+    mean = sum(map(mul, levels, weights)) / sum(weights)
+    draws = [sum(rng.choices(levels, weights, k=40)) for _ in range(1000)]
+    inside = [low < mean < high for low, high in (wilson_interval(draw, 40) for draw in draws)]
+    assert 0.95 <= fmean(inside) < 1
 
 
 @pytest.mark.parametrize(("correct", "total"), [(1, 0), (-1, 3), (4, 3)])

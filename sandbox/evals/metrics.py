@@ -1,11 +1,30 @@
 """Pure scoring functions: the match of one answer, baselines no model should lose to, intervals."""
 
+from __future__ import annotations  # Question is named in annotations alone
+
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from math import sqrt
 from statistics import NormalDist, fmean
+from typing import TYPE_CHECKING, NamedTuple
 
-from sandbox.data.task import Question
+if TYPE_CHECKING:  # it loads an image library, and `sandbox score` needs none
+    from sandbox.data.task import Question
+
+EXACT_VERSION = "1"
+
+
+class Scored(NamedTuple):
+    """The score of one answer, from 0 to 1, and the answer in the form in which it was compared."""
+
+    score: float
+    normalised: str
+
+
+def exact(prediction: str, answers: Sequence[str]) -> Scored:
+    """Whether a prediction is an ``exact_match`` of any of the accepted answers."""
+    matched = any(exact_match(prediction, answer) for answer in answers)
+    return Scored(float(matched), _plain(prediction))
 
 
 def exact_match(prediction: str, reference: str) -> bool:
@@ -92,7 +111,7 @@ def guess_among_present(questions: Iterable[Question]) -> float:
     return fmean(chances)
 
 
-def wilson_interval(correct: int, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(correct: float, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
     """Lower and upper bound of an accuracy, from ``correct`` of ``total`` independent trials.
 
     Wilson's score interval (E. B. Wilson, "Probable inference, the law of succession, and
@@ -100,7 +119,9 @@ def wilson_interval(correct: int, total: int, *, confidence: float = 0.95) -> tu
 
         (p + z²/2n ± z sqrt(p(1 - p)/n + z²/4n²)) / (1 + z²/n)
 
-    Questions about one image are not independent: over such questions it is too narrow.
+    ``correct`` may also be a sum of scores between 0 and 1: right and wrong answers have the
+    largest variance p(1 - p) that such scores of mean p can have, so the interval is at most too
+    wide. Questions about one image are not independent: over such questions it is too narrow.
 
     Raises:
         ValueError: not ``0 <= correct <= total``, no trial, or confidence outside (0, 1).
