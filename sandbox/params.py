@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
+from torch import nn
 
 from encoders.llama4_vit import Llama4Vision
 from fusion.early import EarlyFusion
@@ -52,6 +53,23 @@ def count(config: BackboneConfig) -> dict[str, Any]:
         "total": sum(entry["total"] for entry in parts.values()),
         "active": sum(entry["active"] for entry in parts.values()),
         "parts": parts,
+    }
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """Parameters of a whole model: ``total``, ``active`` (see ``count``) and ``trained``.
+
+    Active are all but the routed experts that a token does not visit, the vision tower included;
+    trained are all that are not frozen.
+    """
+    parameters = list(model.parameters())
+    total = sum(p.numel() for p in parameters)
+    texts = [count(part.config) for part in model.modules() if isinstance(part, Backbone)]
+    idle = sum(text["total"] - text["active"] for text in texts)
+    return {
+        "total": total,
+        "active": total - idle,
+        "trained": sum(p.numel() for p in parameters if p.requires_grad),
     }
 
 

@@ -4,6 +4,8 @@ import json
 import random
 import re
 import resource
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +27,7 @@ from sandbox.checkpoint import KEY, load_model
 from sandbox.data.charts import Charts
 from sandbox.data.module import VQAData
 from sandbox.errors import UserError
-from sandbox.train import monitors
+from sandbox.train import callbacks, monitors
 from sandbox.train.callbacks import (
     AtomicCheckpointIO,
     Checkpoints,
@@ -64,12 +66,18 @@ def fit(
     *callbacks: Callback,
     model: Pretrain | None = None,
     task: Charts | None = None,
+    ckpt_path: Path | None = None,
     **options: Any,
 ) -> Trainer:
     """Train for a few steps of two samples."""
     task = task or Charts(size=32, questions_per_image=2)
     data = VQAData(task, batch_size=2, val_samples=2)
-    defaults: dict[str, Any] = {"max_steps": 4, "limit_val_batches": 0, "logger": False}
+    defaults: dict[str, Any] = {
+        "max_steps": 4,
+        "limit_val_batches": 0,
+        "num_sanity_val_steps": 0,
+        "logger": False,
+    }
     trainer = Trainer(
         accelerator="cpu",
         default_root_dir=folder,
@@ -77,11 +85,10 @@ def fit(
         enable_model_summary=False,
         enable_progress_bar=any(isinstance(c, Progress) for c in callbacks),
         enable_checkpointing=any(isinstance(c, Checkpoints) for c in callbacks),
-        num_sanity_val_steps=0,
         log_every_n_steps=2,
         **defaults | options,
     )
-    trainer.fit(model or module(), data)
+    trainer.fit(model or module(), data, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -223,7 +230,7 @@ def test_run_record_keeps_every_session(tmp_path):
     """Guards against a resumed run that overwrites the record of the code it began with."""
     fit(tmp_path, RunRecord())
     fit(tmp_path, RunRecord())
-    first, second = json.loads((tmp_path / "run.json").read_text())["sessions"]
+    first, second = sessions(tmp_path)
     assert first["step"] == second["step"] == 0
     assert {"commit", "torch"} <= first["provenance"].keys()
     assert first["data"]["identity"] == second["data"]["identity"]
@@ -237,6 +244,96 @@ def test_run_record_keeps_every_session(tmp_path):
         "active": total - experts * 3 // 4,
         "trained": total,
     }
+
+
+def sessions(run: Path) -> list[dict[str, Any]]:
+    return json.loads((run / "run.json").read_text())["sessions"]
+
+
+class Watch(Callback):
+    """Turns the clock: a training batch takes 2 s, validation 100 s. Counts tokens the slow way."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, stop: BaseException | None = None) -> None:
+        self.now, self.tokens, self.stop = 50.0, 0, stop
+        clock = SimpleNamespace(perf_counter=lambda: self.now, strftime=time.strftime)
+        monkeypatch.setattr(callbacks, "time", clock)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.now += 2.0
+        documents = batch.documents if batch.documents is not None else torch.zeros(1)
+        self.tokens += int((documents.expand_as(batch.tokens) >= 0).sum())
+        if self.stop and trainer.global_step == 3:
+            raise self.stop
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.now += 100.0
+
+
+def test_run_record_says_what_training_took(tmp_path, monkeypatch):
+    """Guards against costs of the run instead of this session's, time of validation that passes
+    for training, padding that passes for tokens, and kilobytes that pass for bytes.
+    """
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    for steps, resumed in ((5, None), (3, last)):
+        watch = Watch(monkeypatch)
+        fit(
+            tmp_path,
+            watch,
+            RunRecord(),
+            Checkpoints(),
+            ckpt_path=resumed,
+            max_steps=8 if resumed else 5,
+            limit_val_batches=1,
+            val_check_interval=2,
+            num_sanity_val_steps=1,
+        )
+        trained = sessions(tmp_path)[-1]["trained"]
+        assert 100e6 < trained.pop("peak_memory") < 100e9
+        assert trained == {
+            "steps": steps,
+            "samples": 2 * steps,
+            "tokens": watch.tokens,
+            "seconds": 2.0 * steps,
+            "tokens_per_s": watch.tokens / (2 * steps),
+        }
+        assert watch.now > 50 + 2 * steps + 100, "validation took time"
+    assert all("trained" in session for session in sessions(tmp_path))
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), UserError("out of patience")])
+def test_run_record_says_what_an_interrupted_run_took(tmp_path, monkeypatch, stop):
+    """Guards against costs that only a run gets that went as planned."""
+    watch = Watch(monkeypatch, stop)
+    handler = signal.getsignal(signal.SIGINT)  # which Lightning silences
+    with pytest.raises((SystemExit, UserError)):
+        fit(tmp_path, RunRecord(), watch)
+    signal.signal(signal.SIGINT, handler)
+    (session,) = sessions(tmp_path)
+    assert (session["trained"]["steps"], session["trained"]["seconds"]) == (3, 6.0)
+    assert session["trained"]["tokens"] == watch.tokens > 0
+
+
+def test_run_record_hides_no_error(tmp_path, monkeypatch):
+    """Guards against a full disk that is told as an error of the record, or a run that ended before
+    it trained and looks for a record that it never wrote.
+    """
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    class Late(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            monkeypatch.setattr(RunRecord, "_write", full)
+            raise UserError("what went wrong first")
+
+    class Early(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            raise UserError("what went wrong before")
+
+    with pytest.raises(UserError, match="first"):
+        fit(tmp_path, RunRecord(), Late())
+    with pytest.raises(UserError, match="before"):
+        fit(tmp_path / "early", RunRecord(), Early())
 
 
 # --- Monitors -------------------------------------------------------------------------------------

@@ -1,11 +1,215 @@
-"""FLOPs: those of experts, and the speed that stands for a device's."""
+"""FLOPs: of a training step against arithmetic by hand, and the speed that stands for a device's.
 
+The arithmetic is over the configuration's numbers. A weight matrix costs 2 FLOPs a row that it
+multiplies forwards, 2 for the gradient of its input and 2 for its own; attention costs two products
+of every query with every key forwards, and four backwards.
+"""
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from encoders.llama4_vit import Llama4Vision
+from encoders.metaclip import MetaCLIP
+from fusion.cross_attention import CrossAttention
+from sandbox.backbone.config import BackboneConfig
 from sandbox.backbone.moe import Experts
-from sandbox.train.flops import grouped_mm_flops, matmul_peak
+from sandbox.data.batch import Batch
+from sandbox.data.captions import Pairs
+from sandbox.train.contrastive import Contrastive, TextTower
+from sandbox.train.flops import flop_counter, matmul_peak, step_flops
+from sandbox.train.pretrain import Pretrain
+
+D, H, G, K, LAYERS, WORDS = 48, 4, 2, 16, 3, 1024
+SHAPE: dict[str, Any] = {
+    "width": D,
+    "layers": LAYERS,
+    "heads": H,
+    "kv_heads": G,
+    "head_dim": K,
+    "vocab_size": WORDS,
+}
+PROJECTIONS = 2 * D * H * K + 2 * D * G * K  # query and output, key and value
+
+
+def batch_of(B: int, T: int, labelled: int, **parts: Any) -> Batch:
+    """Rows of random tokens, the last ``labelled`` of each with a label."""
+    tokens = torch.randint(0, WORDS, (B, T))
+    labels = torch.full_like(tokens, -100)
+    labels[:, -labelled:] = torch.randint(0, WORDS, (B, labelled))
+    return Batch.of(tokens, labels=labels, **parts)
+
+
+def text_model(**options: Any) -> Pretrain:
+    return Pretrain(backbone=BackboneConfig(**SHAPE, **options))
+
+
+# --- A step, by hand ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("T", [40, 320])
+def test_a_dense_step_costs_what_arithmetic_says(T):
+    """Guards against attention that is not counted, or by another kernel's measure: the long rows
+    take another backward pass on a CPU, and one of half the products.
+    """
+    B, labelled, F = 2, 10, 80
+    weights = LAYERS * (PROJECTIONS + 3 * D * F)
+    products = LAYERS * 2 * B * H * T * T * K
+    by_hand = 6 * weights * B * T + 6 * products + 6 * D * WORDS * B * labelled
+    model = text_model(experts=0, dense_hidden=F)
+    assert step_flops(model, batch_of(B, T, labelled)) == by_hand
+
+
+@pytest.mark.parametrize(("top_k", "chunk"), [(1, None), (2, 10)])
+def test_a_mixture_costs_the_experts_that_a_token_visits(top_k, chunk):
+    """Guards against experts that cost nothing, or all of them; and against local layers that cost
+    as much as global ones (two of the three layers are local).
+    """
+    B, T, labelled, E, F = 2, 40, 10, 8, 32
+    active = D * E + (1 + top_k) * 3 * D * F  # the router, the shared and the routed experts
+    weights = LAYERS * (PROJECTIONS + active)
+    pairs = B * T * (2 * (chunk or T) + T)
+    by_hand = 6 * weights * B * T + 6 * 2 * H * pairs * K + 6 * D * WORDS * B * labelled
+    model = text_model(experts=E, expert_hidden=F, top_k=top_k, chunk=chunk, nope_every=3)
+    assert step_flops(model, batch_of(B, T, labelled)) == by_hand
+
+
+@pytest.mark.parametrize("frozen", [["backbone"], ["backbone", "encoder"]])
+def test_frozen_parts_cost_no_gradients_of_their_weights(frozen):
+    """Guards against a budget that charges frozen parts in full, or forgets the tower or adapters.
+
+    The adapter stands before the last layer of three: nothing that learns comes before the others,
+    so they run forwards only.
+    """
+    B, T, labelled, F = 2, 40, 10, 80
+    N, S, patch, V, tower_layers, tower_hidden = 3, 32, 8, 32, 2, 64
+    A_H, A_G, A_K, A_F = 3, 1, 16, 56
+    P = (S // patch) ** 2
+    L = 2 * P  # vision tokens a row, the first of which has one tile and is padded to two
+
+    layer = PROJECTIONS + 3 * D * F
+    pairs = 2 * B * H * T * T * K  # one product of queries and keys
+    decoder = (2 + 2 + 4) * layer * B * T + (2 + 2 + 6) * pairs + 4 * D * WORDS * B * labelled
+
+    of_text = 2 * D * A_H * A_K + 3 * D * A_F
+    of_vision = 2 * D * A_G * A_K
+    adapter = 6 * (of_text * B * T + of_vision * B * L + 2 * B * A_H * T * L * A_K)
+
+    tower_layer = (4 * V * V + 2 * V * tower_hidden) * N * (P + 1)
+    tower_pairs = 2 * N * (P + 1) ** 2 * V
+    learns = "encoder" not in frozen
+    tower = (4 if learns else 2) * 3 * patch**2 * V * N * P  # pixels need no gradient
+    tower += (6 if learns else 2) * tower_layers * (tower_layer + tower_pairs)
+    projector = (6 if learns else 4) * V * D * N * P
+
+    torch.manual_seed(0)
+    model = Pretrain(
+        Llama4Vision(S, patch, V, layers=tower_layers, heads=2, hidden=tower_hidden),
+        partial(CrossAttention, layers=[2], heads=A_H, kv_heads=A_G, head_dim=A_K, hidden=A_F),
+        BackboneConfig(**SHAPE, experts=0, dense_hidden=F),
+        freeze=frozen,
+    )
+    batch = batch_of(
+        B,
+        T,
+        labelled,
+        tiles=torch.randint(0, 256, (N, 3, S, S), dtype=torch.uint8),
+        tile_rows=torch.tensor([0, 1, 1]),
+        tile_starts=torch.tensor([0, 0, 0]),
+    )
+    by_hand = decoder + adapter + tower + projector
+    assert step_flops(model, batch) == by_hand
+
+
+def test_a_contrastive_step_is_counted_without_a_trainer():
+    """Guards against an objective that only a trainer can ask what it minimises, and a patch
+    embedding by convolution, or attention of open_clip's, that costs nothing.
+    """
+    B, S, patch, V, layers, text_length, text_width, both = 4, 32, 8, 32, 2, 12, 24, 16
+    text = TextTower(context_length=text_length, width=text_width, heads=2, layers=1)
+    encoder = MetaCLIP(tile_size=S, patch_size=patch, width=V, layers=layers, heads=2)
+    module = Contrastive(encoder, text, embed_dim=both)
+    batch = Pairs(
+        tiles=torch.randint(0, 256, (B, 3, S, S), dtype=torch.uint8),
+        tokens=torch.randint(1, 50, (B, text_length)),
+        labels=torch.full((B,), -1),
+        classes=(),
+    )
+    P = (S // patch) ** 2 + 1
+    tower = 4 * 3 * patch**2 * V * B * (P - 1) + 6 * layers * B * P * (12 * V * V + 2 * P * V)
+    writer = 6 * B * text_length * (12 * text_width**2 + 2 * text_length * text_width)
+    heads = 6 * B * (V + text_width) * both + 6 * 2 * B * B * both
+    assert step_flops(module, batch) == tower + writer + heads
+
+
+# --- What counting leaves behind ------------------------------------------------------------------
+
+
+class Dropping(Pretrain):
+    """An objective that draws random numbers, and keeps a buffer of what it has seen."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.seen = nn.BatchNorm1d(1)
+
+    def loss(self, batch: Batch) -> Tensor:
+        assert self.training
+        seen = self.seen(torch.randn(8, 1)).sum()
+        return super().loss(batch) * torch.rand(()) + seen
+
+
+def test_counting_leaves_no_trace():
+    """Guards against a count that changes the run after it: gradients, random numbers, modes,
+    buffers, or the experts' load since the last update.
+    """
+    model = Dropping(backbone=BackboneConfig(**SHAPE, experts=4))
+    batch = batch_of(2, 12, 4)
+    model.loss(batch).backward()
+    model.eval()
+    model.model.backbone.layers[1].train()
+
+    def everything() -> dict[str, Any]:
+        return copy.deepcopy(
+            {
+                "gradients": {n: p.grad for n, p in model.named_parameters()},
+                "state": dict(model.named_buffers()) | dict(model.named_parameters()),
+                "modes": {n: torch.tensor(m.training) for n, m in model.named_modules()},
+                "random": {"state": torch.get_rng_state()},
+                "load": model._load,
+            }
+        )
+
+    before = everything()
+    assert step_flops(model, batch) > 0
+    after = everything()
+    for what, tensors in before.items():
+        assert tensors.keys() == after[what].keys(), what
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(after[what][name], tensor, rtol=0, atol=0, msg=name)
+
+
+# --- The counter ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_counts_alike_for_every_kernel(kernel, masked):
+    """Guards against a budget in FLOPs that is more steps on one device than on another."""
+    B, H, G, T, S, K = 2, 6, 2, 5, 7, 8
+    q, k, v = (
+        torch.randn(B, heads, length, K, requires_grad=True)
+        for heads, length in ((H, T), (G, S), (G, S))
+    )
+    mask = torch.rand(B, 1, T, S) > 0.2 if masked else None
+    with sdpa_kernel(kernel), flop_counter() as counter:
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+        mixed.square().sum().backward()
+    assert counter.get_total_flops() == 6 * 2 * B * H * T * S * K
 
 
 def test_flops_of_grouped_matmul():
@@ -15,8 +219,7 @@ def test_flops_of_grouped_matmul():
         nn.init.ones_(parameter)
     x = torch.randn(10, 8, requires_grad=True)
     ends = torch.tensor([3, 3, 7, 10], dtype=torch.int32)
-    mapping = {torch.ops.aten._grouped_mm: grouped_mm_flops}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with flop_counter() as counter:
         experts(x, ends).square().sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 10 * (8 * 32 + 16 * 8)
 

@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,8 +24,7 @@ from torch.optim import Optimizer
 from sandbox.checkpoint import KEY, provenance
 from sandbox.data.batch import Batch
 from sandbox.errors import UserError
-from sandbox.model import VisionLanguageModel
-from sandbox.params import count
+from sandbox.params import parameter_counts
 
 RNG = "rng"  # where the random states stand in a checkpoint
 CHECKPOINTS = "checkpoints"  # the folder of a run directory that holds them
@@ -266,32 +266,97 @@ def _some(names: list[str]) -> str:
 
 
 class RunRecord(Callback):
-    """Writes ``run.json`` into the run directory when training starts.
+    """Writes ``run.json`` into the run directory.
 
-    Its ``sessions`` grow by one entry each time the run is resumed: when and at which step, code
-    and versions, data, seed, devices, parameters, command.
+    Its ``sessions`` grow by one entry each time the run is started or resumed: when and at which
+    step, code and versions, data, seed, devices, parameters, command. When training ends, be it by
+    an error or an interruption, the entry says under ``trained`` what it took:
+
+    - ``steps`` (updates), ``samples`` (rows) and ``tokens`` (without padding), of all processes,
+      each taken to have read as much as the first;
+    - ``seconds``, loading and checkpoints included and validation not, and ``tokens_per_s`` of it;
+    - ``peak_memory`` in bytes: allocated on a CUDA device in training, else the most that the first
+      process ever had resident.
+
+    A killed run lacks it.
     """
 
+    def __init__(self) -> None:
+        self._since: float | None = None  # None where no training is going on
+        self._paused: float | None = None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Append this session."""
-        if not trainer.is_global_zero:
+        """Append this session, and start the clock."""
+        self._steps, self._samples = trainer.global_step, 0
+        self._tokens: Tensor | int = 0
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
+        if trainer.is_global_zero:
+            path = _record_path(trainer)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sessions = json.loads(path.read_text())["sessions"] if path.exists() else []
+            self._write(trainer, [*sessions, self._session(trainer, pl_module)])
+        self._since, self._paused = time.perf_counter(), None
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        """Add this batch; its tokens stay on the device, which reading them would wait for."""
+        real = batch.real_tokens
+        self._tokens = self._tokens + (batch.tokens.numel() if real is None else real.sum())
+        self._samples += len(batch.tokens)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on, as if it were still when validation began."""
+        if self._since is not None and self._paused is not None:
+            self._since += time.perf_counter() - self._paused
+        self._paused = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what it took."""
+        self._finish(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Say what it took until here, unless that fails too: the first error is the one to see."""
+        with suppress(OSError, RuntimeError):
+            self._finish(trainer)
+
+    def _finish(self, trainer: Trainer) -> None:
+        since, self._since = self._since, None
+        if since is None or not trainer.is_global_zero:
             return
-        path = Path(trainer.default_root_dir) / "run.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sessions = json.loads(path.read_text())["sessions"] if path.exists() else []
-        sessions.append(self._session(trainer, pl_module))
+        tokens = trainer.world_size * int(self._tokens)  # waits for the device: then the clock
+        seconds = (self._paused or time.perf_counter()) - since
+        *before, session = json.loads(_record_path(trainer).read_text())["sessions"]
+        session["trained"] = {
+            "steps": trainer.global_step - self._steps,
+            "samples": trainer.world_size * self._samples,
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_s": tokens / seconds,
+            "peak_memory": peak_memory(trainer.strategy.root_device),
+        }
+        self._write(trainer, [*before, session])
+
+    def _write(self, trainer: Trainer, sessions: Sequence[dict[str, Any]]) -> None:
+        path = _record_path(trainer)
         partial = path.with_name(".run.json.partial")
         partial.write_text(json.dumps({"sessions": sessions}, indent=2) + "\n")
         partial.replace(path)
 
     def _session(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         driven: Any = pl_module
-        parameters = list(driven.model.parameters())
-        total = sum(p.numel() for p in parameters)
-        idle = 0  # what a token does not visit
-        if isinstance(driven.model, VisionLanguageModel):
-            text = count(driven.model.backbone.config)
-            idle = text["total"] - text["active"]
         return {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "step": trainer.global_step,
@@ -302,12 +367,27 @@ class RunRecord(Callback):
             "processes": trainer.world_size,
             "threads": torch.get_num_threads(),
             "precision": trainer.precision,
-            "parameters": {
-                "total": total,
-                "active": total - idle,
-                "trained": sum(p.numel() for p in parameters if p.requires_grad),
-            },
+            "parameters": parameter_counts(driven.model),
         }
+
+
+def _record_path(trainer: Trainer) -> Path:
+    return Path(trainer.default_root_dir) / "run.json"
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that torch had allocated on a CUDA device, or this process had resident.
+
+    The former since its statistics were reset, the latter ever; None on Windows.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, else kilobytes
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _device_name(device: torch.device) -> str:

@@ -210,24 +210,32 @@ class Contrastive(Objective):
         if not templates or not all("{}" in template for template in templates):
             raise UserError(f"templates {list(templates)}: each needs a {{}} for the class")
         super().__init__(ContrastiveModel(encoder, text, embed_dim, tokenizer, pool), optimizer)
+        from open_clip.loss import ClipLoss
+
         self.templates = templates
+        self.contrast = ClipLoss(local_loss=True, gather_with_grad=True)
         self._seen: list[_Seen] = []  # by one validation
 
     def setup(self, stage: str) -> None:
-        """Choose what gathers the pairs of all processes."""
-        from open_clip.loss import ClipLoss
-
-        place = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
-        self.loss = ClipLoss(local_loss=True, gather_with_grad=True, **place)
+        """Gather the pairs of all processes."""
+        self.contrast.rank = self.trainer.global_rank
+        self.contrast.world_size = self.trainer.world_size
 
     def forward(self, batch: Pairs) -> Embedded:
         """Images and captions of a batch in the shared space."""
         return self.model(batch)
 
+    def loss(self, batch: Pairs) -> Tensor:
+        """What a training step minimises: the loss over the pairs of all processes."""
+        return self._contrasted(self(batch))
+
+    def _contrasted(self, embedded: Embedded) -> Tensor:
+        return self.contrast(embedded.images, embedded.texts, embedded.scale)
+
     def training_step(self, batch: Pairs, batch_idx: int) -> Tensor:
         """The loss of one batch, over the pairs of all processes."""
         embedded = self(batch)
-        loss: Tensor = self.loss(embedded.images, embedded.texts, embedded.scale)
+        loss = self._contrasted(embedded)
         size = len(batch.tiles)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
         self.log("train/logit_scale", embedded.scale.detach(), batch_size=size)

@@ -24,7 +24,7 @@ from sandbox.data.batch import Batch
 from sandbox.data.module import VQAData
 from sandbox.data.prompt import Prompt
 from sandbox.data.task import Question
-from sandbox.train.flops import grouped_mm_flops, matmul_peak
+from sandbox.train.flops import flop_counter, matmul_peak
 
 # --- Routing --------------------------------------------------------------------------------------
 
@@ -119,11 +119,12 @@ def routing_sums(logits: Tensor, experts: Tensor, modality: Tensor, modalities: 
 class Throughput(Callback):
     """Logs tokens and samples per second, and how much of the device's matmul speed training uses.
 
-    ``throughput/utilization`` divides the FLOPs that forward and backward execute by what one large
-    matmul of the same precision achieved on this device when training started. FLOPs are counted
-    over the first step and scaled by batch shape; optimizer, data loading and logging take time
-    but count as no FLOPs. ``throughput/data_wait`` is the share of time between batches: loading,
-    or waiting for workers that do (and callbacks listed after this one; a GPU may go on meanwhile).
+    ``throughput/utilization`` divides the FLOPs of forward and backward (see ``flop_counter``) by
+    what one large matmul of the same precision achieved on this device when training started. They
+    are counted over the first step and scaled by batch shape; optimizer, data loading and logging
+    take time but count as no FLOPs. ``throughput/data_wait`` is the share of time between batches:
+    loading, or waiting for workers that do (and callbacks listed after this one; a GPU may go on
+    meanwhile).
     Tokens do not include padding; time from validation to the next batch is left out.
     """
 
@@ -155,8 +156,7 @@ class Throughput(Callback):
         """Count the FLOPs of the first step, and the time since the last one."""
         now = time.perf_counter()
         if self._flops_per_place is None:
-            mapping = {torch.ops.aten._grouped_mm: grouped_mm_flops}
-            self._counter = FlopCounterMode(display=False, custom_mapping=mapping)
+            self._counter = flop_counter()
             self._counter.__enter__()
         elif self._since is None:
             self._since = now

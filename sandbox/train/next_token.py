@@ -40,6 +40,10 @@ class NextToken(Objective):
         """The model's output, whose loss is minimised."""
         return self.model(batch)
 
+    def loss(self, batch: Batch) -> Tensor:
+        """What a training step minimises: the loss of the model's output."""
+        return self(batch).loss
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """One batch's loss, with the model's output (no gradient) for the callbacks."""
         output: Output = self(batch)

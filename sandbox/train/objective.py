@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import nn
+from torch import Tensor, nn
 
 from sandbox.allocator import keep_freed_memory
 from sandbox.checkpoint import check_weights, model_tensors
@@ -17,7 +17,7 @@ from sandbox.train.optim import OptimizerConfig, build_optimizer
 class Objective(lightning.LightningModule):
     """Trains ``model``, which says of itself what it is.
 
-    An objective sets up its model, names it here, and implements the steps.
+    An objective sets up its model, names it here, and implements ``loss`` and the steps.
 
     Args:
         model: what is trained and saved; its ``describe()`` gives the plain values to make it of.
@@ -39,6 +39,10 @@ class Objective(lightning.LightningModule):
         if not any(p.requires_grad for p in self.parameters()):
             raise UserError(f"freeze={list(freeze)} leaves nothing to train")
         self._rng_states: Sequence[dict[str, Any]] = ()
+
+    def loss(self, batch: Any) -> Tensor:
+        """What a training step minimises on ``batch``: a scalar. Logs and keeps nothing."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it minimises")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint describe itself, and hold the states of the random generators."""
