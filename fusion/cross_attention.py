@@ -171,6 +171,20 @@ class CrossAttention(Fusion):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
 
+    @property
+    def gates(self) -> dict[int, dict[str, float]]:
+        """How far the adapters are open: by layer, tanh of its ``attention`` and its ``ffn`` gate.
+
+        At 0 a branch is shut, at 1 it is added whole, and below 0 it is subtracted.
+        """
+        return {
+            adapter.layer: {
+                "attention": adapter.attention_gate.tanh().item(),
+                "ffn": adapter.ffn_gate.tanh().item(),
+            }
+            for adapter in cast("list[Adapter]", list(self.adapters.values()))
+        }
+
     def forward(self, embeds: Tensor, features: Tensor, layout: ImageLayout) -> Fused:
         """Leave text embeddings ``[B, T, D]`` as they are; adapters read features ``[N, P, V]``.
 

@@ -18,8 +18,8 @@ from sandbox.checkpoint import provenance, save_model
 from sandbox.data.module import VQAData
 from sandbox.data.task import Question, Task
 from sandbox.errors import UserError
-from sandbox.evals.controls import PREDICTIONS, SUMMARY, Blind, Results, scores
-from sandbox.evals.run import expert_load, write_json, write_predictions
+from sandbox.evals.controls import PREDICTIONS, SUMMARY, Blind, Results, inside, scores
+from sandbox.evals.run import summarize, write_json, write_predictions
 from sandbox.lightning_cli import SandboxCLI
 from sandbox.model import VisionLanguageModel
 from sandbox.report.gather import architecture, gallery, swap
@@ -29,6 +29,7 @@ from sandbox.runs import CONFIG
 RECIPE = Path(__file__).with_suffix(".yaml")
 CHECKS = 12  # validations in a run whose length the caller chose
 EXAMPLES = "examples"
+ROUTED = 64  # charts of the test split that the experts' load is counted over
 SPACE = 64 * 2**20  # bytes that must be free; a run takes about a fifth
 
 
@@ -69,6 +70,7 @@ def quickstart(
     design = architecture(model, data.task.sample("test", 0))
     summary = {
         **scores(results, blind),
+        "inside": inside(model, data.task, ROUTED),
         "params_total": design.params_total,
         "params_active": design.params_active,
         "train_seconds": round(seconds, 1),
@@ -172,11 +174,12 @@ def _facts(
         own=own,
         heldout=heldout,
         shuffled=shuffled,
+        no_image=summarize(results.no_image),
         blind=blind,
         swap=swap(model, data.task, results.own, results.shuffled),
         architecture=design,
         curve=curve,
-        experts=expert_load(model, data.task, "test", 64),
+        experts=summary["inside"].get("expert_load", {}),
         galleries=[
             gallery(data.task, results.own, title="Charts it has never seen", size=12),
             gallery(
@@ -193,8 +196,9 @@ def _facts(
 
 
 def _tell(out: Path, results: Results, blind: Blind, commands: list[tuple[str, str]]) -> None:
-    names = ("charts never seen", "held-out combinations", "charts exchanged")
-    for name, summary in zip(names, results.summaries, strict=True):
+    names = ("charts never seen", "held-out combinations", "charts exchanged", "no chart")
+    summaries = (*results.summaries, summarize(results.no_image))
+    for name, summary in zip(names, summaries, strict=True):
         assert summary is not None  # charts have held-out combinations
         score = summary.overall
         print(f"{name:<22} {percent(score.accuracy):>4}  ({interval(score)})")

@@ -1,17 +1,31 @@
 """The controls beside a score, on tasks with and without held-out combinations."""
 
 import io
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
+from torch import nn
 
+from encoders.patches import Patches
+from fusion.base import Fusion
+from fusion.cross_attention import CrossAttention
+from fusion.early import EarlyFusion
+from sandbox.backbone.config import BackboneConfig
 from sandbox.data.charts import Charts
 from sandbox.data.clips import Clips
 from sandbox.data.pictures import Pictures
-from sandbox.data.task import Question
+from sandbox.data.task import Question, Task
+from sandbox.data.words import InWords
 from sandbox.evals import controls
-from sandbox.evals.controls import Blind, Results, scores, table
+from sandbox.evals.controls import Blind, Controls, Results, inside, scores, table
 from sandbox.evals.run import Record
+from sandbox.model import VisionLanguageModel
+from sandbox.tokenizer import Tokenizer
 
 WHICH = Question("Which color?", "red", "color", ("red", "blue"))
 COUNT = Question("How many?", "2", "count")
@@ -21,17 +35,20 @@ def record(question: Question, correct: bool) -> Record:
     return Record("test", 0, "content", 0, question, correct)
 
 
-def results(*, heldout: bool, present: bool = True, reordered: bool = False) -> Results:
+def results(
+    *, heldout: bool, present: bool = True, reordered: bool = False, no_image: bool = False
+) -> Results:
     which = WHICH if present else Question(WHICH.text, WHICH.answer, WHICH.kind)
     own = [record(which, True), record(COUNT, True), record(which, False)]
     beyond = [record(which, False), record(COUNT, True)] if heldout else []
     shuffled = [record(which, False), record(COUNT, True), record(which, False)]
     moved = [record(which, False), record(COUNT, True), record(which, True)] if reordered else []
-    return Results(own, beyond, shuffled, moved)
+    unseen = [record(which, False), record(COUNT, True), record(which, True)] if no_image else []
+    return Results(own, beyond, shuffled, moved, unseen)
 
 
 def printed(summary) -> str:
-    console = Console(file=io.StringIO(), width=100)
+    console = Console(file=io.StringIO(), width=80)
     console.print(table(summary))
     return console.file.getvalue()
 
@@ -62,27 +79,39 @@ def test_scores_of_a_task_without():
     assert "-" in printed(summary)
 
 
-def test_scores_where_images_have_an_order():
-    """Guards against a control of the order that is lost, or told of samples that have none."""
-    with_order, without = (
+@pytest.mark.parametrize("control", ["reordered", "no_image"])
+def test_scores_of_a_control_that_not_every_task_has(control: str):
+    """Guards against a control of the order, or of no image, that is lost or taken for the other,
+    and against one told of samples that have no order, or no image.
+    """
+    with_control, without = (
         scores(found, Blind.of([COUNT, WHICH], found.asked))
-        for found in (results(heldout=True, reordered=True), results(heldout=True))
+        for found in (results(heldout=True, **{control: True}), results(heldout=True))
     )
-    assert with_order["reordered_image_accuracy"] == 2 / 3
-    assert with_order["by_question"]["color"]["reordered"] == 0.5
-    assert with_order["by_question"]["count"]["reordered"] == 1.0
-    low, high = with_order["intervals"]["reordered_image_accuracy"]
+    (key,) = (key for key in with_control if key.startswith(control))
+    assert with_control[key] == 2 / 3
+    assert with_control["by_question"]["color"][control] == 0.5
+    assert with_control["by_question"]["count"][control] == 1.0
+    low, high = with_control["intervals"][key]
     assert low < 2 / 3 < high
-    assert "reordered" in printed(with_order)
-    assert "reordered" not in str(without)
-    assert "reordered" not in printed(without)
-    for key in without:
-        assert key in with_order, "no key is lost"
+    header = control.replace("_", " ")
+    assert header in printed(with_control)
+    assert control not in str(without)
+    assert header not in printed(without)
+    assert with_control.keys() - without.keys() == {key}, "no other key comes or goes"
+
+
+def test_all_columns_fit_a_terminal():
+    """Guards against a table of all controls whose headings are cut on 80 columns."""
+    found = results(heldout=True, reordered=True, no_image=True)
+    drawn = printed(scores(found, Blind.of([COUNT], found.asked)))
+    headings = "questions accuracy heldout shuffled no image reordered majority n"
+    assert headings in " ".join(drawn.split())
 
 
 @pytest.mark.parametrize("task", [Pictures(), Clips(frames=4), Charts(size=32)])
-def test_frames_and_labelled_pictures_are_asked_about_in_another_order(task, monkeypatch):
-    """Guards against tasks of several images that go without the control, or pay for it twice."""
+def test_every_task_is_asked_once_in_every_way(task, monkeypatch):
+    """Guards against tasks that go without a control, or pay for it twice."""
     asked = []
 
     def evaluate(model, task, split, samples, *, images="own"):
@@ -92,7 +121,8 @@ def test_frames_and_labelled_pictures_are_asked_about_in_another_order(task, mon
     monkeypatch.setattr(controls, "evaluate", evaluate)
     Results.of(None, task, 2)
     expected = [("test", "own"), ("heldout", "own"), ("test", "shuffled")]
-    assert asked == expected + [("test", "reordered")] * (not isinstance(task, Charts))
+    expected += [("test", "reordered")] * (not isinstance(task, Charts))
+    assert asked == [*expected, ("test", "none")]
 
 
 def test_held_out_counts_alone_make_no_figure_of_combinations():
@@ -100,3 +130,76 @@ def test_held_out_counts_alone_make_no_figure_of_combinations():
     found = Results([record(COUNT, True)], [record(COUNT, False)], [record(COUNT, False)])
     summary = scores(found, Blind.of([COUNT], found.asked))
     assert summary["heldout_combination_accuracy"] is None
+
+
+# --- A model ------------------------------------------------------------------------------------
+
+
+def toy(fusion: type[Fusion], experts: int) -> VisionLanguageModel:
+    """A model on random weights, its gates included."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.load("small")
+    config = BackboneConfig(tokenizer.vocab_size, width=32, layers=4, heads=2, experts=experts)
+    model = VisionLanguageModel(Patches(32, 8, width=32), fusion, config, tokenizer)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_gate"):
+            nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("fusion", "experts", "parts", "modalities"),
+    [
+        (EarlyFusion, 3, {"expert_load"}, {"image", "text"}),
+        (EarlyFusion, 0, set(), None),
+        (CrossAttention, 3, {"gates", "expert_load"}, {"text"}),
+        (CrossAttention, 0, {"gates"}, None),
+    ],
+)
+def test_inside_tells_what_the_model_has(
+    fusion: type[Fusion], experts: int, parts: set[str], modalities: set[str] | None
+):
+    """Guards against gates or loads told of a model without them, or lost, or not those of its
+    layers, and against image tokens where a sequence has none.
+    """
+    model, task = toy(fusion, experts), Charts(size=32)
+    found = inside(model, task, samples=3)
+    assert set(found) == parts
+    if modalities:
+        assert set(found["expert_load"]) == {0, 1, 2, 3}
+        for load in found["expert_load"].values():
+            assert set(load) == modalities
+            assert all(math.isclose(sum(shares), 1, rel_tol=1e-5) for shares in load.values())
+    if "gates" in parts:
+        assert found["gates"] == model.fusion.gates
+        assert set(found["gates"]) == {1, 3}
+    assert json.loads(json.dumps(found)).keys() == parts, "plain values"
+
+
+@pytest.mark.parametrize(
+    ("task", "sees"), [(Charts(size=32), True), (InWords(Charts(size=32)), False)]
+)
+def test_a_test_stores_its_controls(
+    task: Task,
+    sees: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Guards against controls that are computed but neither written nor printed, and against a
+    crash of the whole test where a task in words has no image to leave out.
+    """
+    monkeypatch.setattr(controls, "LEARNED", 20)
+    data = SimpleNamespace(task=task, size=lambda split: 4)
+    trainer = SimpleNamespace(is_global_zero=True, datamodule=data, default_root_dir=tmp_path)
+    Controls(samples=3).on_test_end(trainer, SimpleNamespace(model=toy(CrossAttention, 3)))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert set(summary["inside"]) == {"gates", "expert_load"}
+    assert set(summary["inside"]["gates"]) == {"1", "3"}
+    lines = map(json.loads, (tmp_path / "predictions.jsonl").read_text().splitlines())
+    unseen = [line["correct"] for line in lines if line["images"] == "none"]
+    assert ("no image" in capsys.readouterr().out) == sees
+    assert ("no_image_accuracy" in summary) == sees
+    assert len(unseen) == sees * summary["questions"]
+    if sees:
+        assert summary["no_image_accuracy"] == sum(unseen) / len(unseen)

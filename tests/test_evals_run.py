@@ -15,6 +15,7 @@ from sandbox.data.clips import Clips
 from sandbox.data.pictures import Pictures
 from sandbox.data.prompt import Image, Prompt, Video
 from sandbox.data.task import Question, Sample, Task
+from sandbox.data.words import InWords
 from sandbox.errors import UserError
 from sandbox.evals.metrics import exact_match
 from sandbox.evals.run import (
@@ -55,9 +56,9 @@ def model(task: Task) -> VisionLanguageModel:
 
 def test_one_forward_pass_scores_what_generate_says(model: VisionLanguageModel, task: Task):
     """Guards against a score read off the wrong tokens, branch or position: it must be the score
-    of the text that ``generate`` writes, question by question, the chart's own or another's.
+    of the text that ``generate`` writes, question by question, of its own chart, another or none.
     """
-    for images in ("own", "shuffled"):
+    for images in ("own", "shuffled", "none"):
         records = evaluate(model, task, "test", 6, batch_size=3, images=images)
         # Replies are generated for wrong records only, so ask for all by calling each wrong.
         asked = with_replies(model, task, [replace(r, correct=False) for r in records])
@@ -262,6 +263,14 @@ def test_expert_load_counts_each_modality(model: VisionLanguageModel):
         for name, mask in (("image", batch.patches), ("text", real & ~batch.patches)):
             visits = layer.experts.view(*batch.tokens.shape)[mask].bincount(minlength=3)
             assert load[layer.layer][name] == pytest.approx((visits / visits.sum()).tolist())
+
+
+def test_expert_load_of_a_small_split_and_of_text(model: VisionLanguageModel):
+    """Guards against samples beyond a split's end, and shares of tokens that are not there."""
+    assert set(expert_load(model, Repeats("ab"), "test", 64)[0]) == {"image", "text"}
+    assert set(expert_load(model, InWords(Charts(size=32)), "test", 2)[0]) == {"text"}
+    with pytest.raises(UserError, match="'val' has no sample"):
+        expert_load(model, Repeats("ab"), "val", 4)
 
 
 def record(kind: str, correct: bool) -> Record:

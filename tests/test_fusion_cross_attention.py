@@ -1,6 +1,7 @@
 """Cross-attention: what may see what, a start as the plain model, and decoding."""
 
 import inspect
+import math
 import re
 
 import pytest
@@ -73,6 +74,19 @@ def test_the_adapted_model_starts_as_the_plain_one() -> None:
     logits.square().sum().backward()  # and the gates can open
     assert all(a.attention_gate.grad.any() for a in fusion.adapters.values())
     assert all(a.ffn_gate.grad.any() for a in fusion.adapters.values())
+
+
+def test_gates_are_those_that_the_adapters_apply() -> None:
+    """Guards against raw gates, or another layer's or branch's, told as the share that is added."""
+    fusion, _ = ours()
+    assert list(fusion.gates) == list(LAYERS)
+    for layer, told in fusion.gates.items():
+        adapter = fusion.adapters[str(layer)]
+        assert told.keys() == {"attention", "ffn"}
+        for branch, share in told.items():
+            raw = getattr(adapter, f"{branch}_gate").item()
+            assert share == pytest.approx(math.tanh(raw), rel=1e-6)
+            assert share != raw
 
 
 def test_embeddings_are_handed_on() -> None:

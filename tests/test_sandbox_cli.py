@@ -443,7 +443,7 @@ def test_train_resume_evaluate(workplace: Path, capsys: pytest.CaptureFixture[st
     assert [r["correct"] for r in own] == [
         r["correct"]
         for r in map(json.loads, (tested / "predictions.jsonl").read_text().splitlines())
-        if r["split"] == "test" and r["shown"] == r["index"]
+        if r["split"] == "test" and r["images"] == "own"
     ]
 
 

@@ -39,6 +39,7 @@ def test_summary_has_every_figure(summary: dict[str, Any]):
         "accuracy",
         "heldout_combination_accuracy",
         "shuffled_image_accuracy",
+        "no_image_accuracy",
         "blind_majority_accuracy",
         "guess_among_present_accuracy",
         "by_question",
@@ -48,6 +49,7 @@ def test_summary_has_every_figure(summary: dict[str, Any]):
         "seed",
         "steps",
         "intervals",
+        "inside",
         "provenance",
     }
     assert summary["seed"] == 3
@@ -55,7 +57,7 @@ def test_summary_has_every_figure(summary: dict[str, Any]):
     assert summary["params_active"] < summary["params_total"]
     assert set(summary["by_question"]) == {"value", "extremum", "count"}
     for figures in summary["by_question"].values():
-        assert figures.keys() >= {"accuracy", "heldout", "shuffled", "majority", "n"}
+        assert figures.keys() >= {"accuracy", "heldout", "shuffled", "no_image", "majority", "n"}
     assert sum(f["n"] for f in summary["by_question"].values()) == summary["questions"]
 
 
@@ -65,7 +67,7 @@ def test_saved_model_gives_the_reported_accuracy(out: Path, summary: dict[str, A
     records = evaluate(load_model(path), Charts(seed=3), "test", 6)
     assert summarize(records).overall.accuracy == summary["accuracy"]
     lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-    own = [line for line in lines if line["split"] == "test" and line["shown"] == line["index"]]
+    own = [line for line in lines if line["split"] == "test" and line["images"] == "own"]
     assert [line["correct"] for line in own] == [record.correct for record in records]
     assert all(isinstance(line["reply"], str) for line in own)
     assert read_checkpoint(path)[0]["seed"] == 3

@@ -66,6 +66,7 @@ def facts(model: VisionLanguageModel, task: Task) -> Facts:
         own=summary,
         heldout=replace(summary, by_kind={}),
         shuffled=blind,
+        no_image=replace(blind, overall=score(17, 100)),
         blind=Blind(0.25, {"count": 0.25}, 0.3),
         swap=(right, wrong),
         architecture=architecture(model, task.sample("test", 0)),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +23,7 @@ from sandbox.evals.run import (
     Score,
     Summary,
     evaluate,
+    expert_load,
     summarize,
     with_replies,
     write_json,
@@ -32,6 +34,7 @@ from sandbox.model import VisionLanguageModel
 SUMMARY = "summary.json"
 PREDICTIONS = "predictions.jsonl"
 LEARNED = 10_000  # training samples that a majority is taken of, where there is no end of them
+ROUTED = 32  # test samples that the experts' load is counted over, in one batch
 
 
 @dataclass(frozen=True)
@@ -63,16 +66,18 @@ class Results:
     """Every question and its answer: on unseen pictures, on held-out combinations, shuffled.
 
     ``reordered``: about the same frames, or labelled pictures, in another order; else empty.
+    ``no_image``: about no picture at all; empty where there was none to begin with.
     """
 
     own: list[Record]
     heldout: list[Record]
     shuffled: list[Record]
     reordered: list[Record] = field(default_factory=list)
+    no_image: list[Record] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: VisionLanguageModel, task: Task, samples: int) -> "Results":
-        """Ask about ``samples`` pictures of the test split, their own and each other's.
+        """Ask about ``samples`` pictures of the test split, their own, each other's and none.
 
         Held-out combinations are asked about too, where the task offers them, and frames or
         labelled pictures in another order, where a sample has several.
@@ -87,6 +92,7 @@ class Results:
             else [],
             shuffled=evaluate(model, task, "test", samples, images="shuffled"),
             reordered=evaluate(model, task, "test", samples, images="reordered") if ordered else [],
+            no_image=evaluate(model, task, "test", samples, images="none"),
         )
 
     @property
@@ -111,16 +117,16 @@ class Results:
     @property
     def records(self) -> list[Record]:
         """All of them."""
-        return self.own + self.heldout + self.shuffled + self.reordered
+        return self.own + self.heldout + self.shuffled + self.reordered + self.no_image
 
 
 def scores(results: Results, blind: Blind) -> dict[str, Any]:
     """Accuracies, their 95% intervals and the controls as plain values, by question type too.
 
-    What is about the order of images stands there only where the images have one.
+    What is about the order of images stands there only where the images have one, and what is about
+    their absence only where there are images.
     """
     own, heldout, shuffled = results.summaries
-    reordered = summarize(results.reordered) if results.reordered else None
 
     def bounds(score: Score) -> list[float]:
         return [score.low, score.high]
@@ -154,12 +160,32 @@ def scores(results: Results, blind: Blind) -> dict[str, Any]:
         },
         "questions": own.overall.n,
     }
-    if reordered:
-        summary["reordered_image_accuracy"] = reordered.overall.accuracy
-        intervals["reordered_image_accuracy"] = bounds(reordered.overall)
-        for kind, score in reordered.by_kind.items():
-            summary["by_question"][kind]["reordered"] = score.accuracy
+    further = (
+        ("reordered_image_accuracy", "reordered", results.reordered),
+        ("no_image_accuracy", "no_image", results.no_image),
+    )
+    for key, column, records in further:
+        if records:
+            control = summarize(records)
+            summary[key] = control.overall.accuracy
+            intervals[key] = bounds(control.overall)
+            for kind, score in control.by_kind.items():
+                summary["by_question"][kind][column] = score.accuracy
     return summary
+
+
+def inside(model: VisionLanguageModel, task: Task, samples: int = ROUTED) -> dict[str, Any]:
+    """What training made of the parts between the modalities, as plain values.
+
+    ``gates``: by layer, how far its adapter is open (``CrossAttention.gates``); ``expert_load``: by
+    mixture layer and modality, the shares of the experts over the first ``samples`` test samples.
+    What the model has no part for is absent.
+    """
+    found = {
+        "gates": getattr(model.fusion, "gates", {}),
+        "expert_load": expert_load(model, task, "test", samples),
+    }
+    return {name: figures for name, figures in found.items() if figures}
 
 
 class Controls(Callback):
@@ -189,7 +215,7 @@ class Controls(Callback):
         blind = Blind.of(
             (q for i in learned for q in task.sample("train", i).questions), results.asked
         )
-        summary = scores(results, blind)
+        summary = scores(results, blind) | {"inside": inside(driven.model, task)}
         out = Path(trainer.default_root_dir)
         write_predictions(out / PREDICTIONS, results.records)
         write_json(out / SUMMARY, summary)
@@ -202,11 +228,13 @@ def table(summary: dict[str, Any]) -> Table:
         "accuracy": "accuracy",
         "heldout": "heldout_combination_accuracy",
         "shuffled": "shuffled_image_accuracy",
+        "no_image": "no_image_accuracy",
         "reordered": "reordered_image_accuracy",
         "majority": "blind_majority_accuracy",
     }
     overall = {column: key for column, key in overall.items() if key in summary}
-    drawn = Table("questions", *overall, "n")
+    headers = ("questions", *(column.replace("_", " ") for column in overall), "n")
+    drawn = Table(*headers, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # all of it on 80 columns
 
     def row(name: str, values: Iterable[float | None], n: int) -> None:
         drawn.add_row(name, *("-" if v is None else f"{v:.3f}" for v in values), f"{n:,}")

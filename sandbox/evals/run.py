@@ -19,7 +19,7 @@ from sandbox.evals.metrics import wilson_interval
 from sandbox.generate import inference
 from sandbox.model import VisionLanguageModel
 
-Images = Literal["own", "shuffled", "reordered"]
+Images = Literal["own", "shuffled", "reordered", "none"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Record:
     Attributes:
         split, index, content: the sample that the question belongs to, and the hash of what it
             shows.
-        shown: index of the sample whose images the model saw; another one in the blind control.
+        shown: index of the sample whose images the model saw; another one in the blind control,
+            its own where it saw none.
         question: its text, its type and the true answer.
         correct: whether greedy decoding gives exactly this answer.
         reply: the model's own words, where they were generated (see ``with_replies``).
@@ -98,13 +99,14 @@ def evaluate(
     times and labels stay where they were: what a model still gets right, it did not read off the
     order of frames, or off which picture is called what. Samples of one image are left out.
 
+    With ``images="none"`` they are asked about nothing, as text alone, without times, labels or the
+    text that tells what the images show: what a model still gets right, it has learned to guess.
+    Samples without images are left out.
+
     Raises:
         UserError: the split is empty, or too small or too uniform to shuffle.
     """
-    size = task.size(split)
-    samples = samples if size is None else min(samples, size)
-    if samples < 1:
-        raise UserError(f"the split '{split}' has no sample to evaluate on")
+    samples = _available(task, split, samples)
     shift = _shift(task, split, samples) if images == "shuffled" else 0
     records = []
     with inference(model):
@@ -154,11 +156,18 @@ def expert_load(
 ) -> dict[int, dict[str, list[float]]]:
     """How the routers of each mixture layer share out ``image`` and ``text`` tokens.
 
+    The first ``samples`` samples of the split, or all that it has, are read as one batch.
+
     Returns:
-        By layer and modality: the share of visits that each expert gets; they sum to 1.
+        By layer and modality: the share of visits that each expert gets; they sum to 1. A modality
+        without tokens is absent.
+
+    Raises:
+        UserError: the split is empty.
     """
+    indices = range(_available(task, split, samples))
     with inference(model):
-        batch = _batch(model, [task.sample(split, index) for index in range(samples)], name=split)
+        batch = _batch(model, [task.sample(split, index) for index in indices], name=split)
         patches = batch.patches.flatten()
         real = torch.ones_like(patches) if batch.real_tokens is None else batch.real_tokens
         masks = {"image": patches, "text": real & ~patches}
@@ -206,6 +215,19 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _available(task: Task, split: Split, samples: int) -> int:
+    """As many samples as asked for, or as the split has.
+
+    Raises:
+        UserError: it has none.
+    """
+    size = task.size(split)
+    samples = samples if size is None else min(samples, size)
+    if samples < 1:
+        raise UserError(f"the split '{split}' has no sample to evaluate on")
+    return samples
+
+
 def _batch(model: VisionLanguageModel, samples: Iterable[Sample], *, name: str) -> Batch:
     examples = [model.prompts.encode_sample(sample) for sample in samples]
     return collate(examples, name=name).to(model.backbone.embed.weight.device)
@@ -224,6 +246,10 @@ def _view(task: Task, split: Split, index: int, shown: int, images: Images) -> S
         if order is None:
             return None
         return replace(sample, images=tuple(sample.images[place] for place in order))
+    if images == "none":
+        # Its text would take the place of the images, and tell what they show.
+        unseen = replace(sample, images=(), times=None, labels=None, text=None)
+        return unseen if sample.images else None
     other = task.sample(split, shown)
     alike = len(sample.images) == len(other.images)
     labels = sample.labels if alike else other.labels

@@ -92,8 +92,8 @@ class Facts:
     Attributes:
         title: what was trained, in a few words.
         run: short facts about the run (seed, steps, minutes, ...), by name.
-        own, heldout, shuffled: scores on unseen pictures, on combinations that training never
-            showed, and on unseen pictures exchanged behind the model's back.
+        own, heldout, shuffled, no_image: scores on unseen pictures, on combinations that training
+            never showed, on unseen pictures exchanged behind the model's back, and without them.
         swap: one question about its own picture and about another one, if there is such a question.
         experts: by layer and modality, the share of tokens that each expert gets.
         commands: what to try next: an explanation and a command line each.
@@ -105,6 +105,7 @@ class Facts:
     own: Summary
     heldout: Summary
     shuffled: Summary
+    no_image: Summary
     blind: Blind
     swap: tuple[Card, Card] | None
     architecture: Architecture
