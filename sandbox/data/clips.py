@@ -1,7 +1,7 @@
 """Generated clips: coloured shapes come, move and go, and no single frame tells the story."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import permutations
 from typing import NamedTuple
 
@@ -123,9 +123,11 @@ QUESTIONS: dict[str, Callable[[list[Actor]], Asked]] = {
 # --- Clips ---------------------------------------------------------------------------------------
 
 
-def _random_actors(frames: int, heldout: bool, rng: random.Random) -> list[Actor]:
-    """Two to four objects, never all in one frame, and never two in one cell."""
-    count = rng.choice(ACTOR_COUNTS)
+def _random_actors(
+    counts: Sequence[int], frames: int, heldout: bool, rng: random.Random
+) -> list[Actor]:
+    """As many objects as a count says, never two in one cell, and of several never all at once."""
+    count = rng.choice(counts)
     pairs = rng.sample(ALLOWED, count - heldout) + rng.sample(BANNED, int(heldout))
     while True:
         actors = []
@@ -158,7 +160,16 @@ def _stay(frames: int, rng: random.Random) -> tuple[int, int]:
 def _fits(actors: list[Actor], frame: int) -> bool:
     """Whether few enough objects are on stage, and each in a cell of its own."""
     cells = [cell for actor in actors if (cell := actor.cell(frame))]
-    return len(cells) <= min(AT_ONCE, len(actors) - 1) and len(set(cells)) == len(cells)
+    return len(cells) <= _most_at_once(len(actors)) and len(set(cells)) == len(cells)
+
+
+def _most_at_once(actors: int) -> int:
+    """How many of a clip's objects one frame may show.
+
+    >>> [_most_at_once(actors) for actors in (1, 2, 3, 4)]
+    [1, 1, 2, 2]
+    """
+    return max(1, min(AT_ONCE, actors - 1))
 
 
 def _draw(actors: list[Actor], frame: int, size: int) -> PILImage.Image:
@@ -173,7 +184,7 @@ def _draw(actors: list[Actor], frame: int, size: int) -> PILImage.Image:
 
 
 class Clips(Task):
-    """Clips of a few frames in which two to four shapes come, move and go.
+    """Clips of a few frames in which some shapes (two to four) come, move and go.
 
     Each object is on stage for some frames in a row, first in one half of the picture and then in
     the other. Where it stands in one frame does not tell which way it goes: it may be about to
@@ -194,6 +205,8 @@ class Clips(Task):
         frames: frames of a clip, 4 or more, half a second apart.
         questions: question types; None means all.
         questions_per_sample: at most so many distinct questions a clip, at least one.
+        objects: how many a clip may have, each number equally often. Of one, nothing has to be
+            told apart, so where things are is learned sooner (experiments/LOG.md).
         seed: another seed draws other clips, from the same splits.
 
     Raises:
@@ -206,6 +219,7 @@ class Clips(Task):
         frames: int = 6,
         questions: list[str] | None = None,
         questions_per_sample: int = 8,
+        objects: Sequence[int] = ACTOR_COUNTS,
         seed: int = 0,
     ) -> None:
         self.questions = list(QUESTIONS) if questions is None else questions
@@ -215,8 +229,13 @@ class Clips(Task):
                 "clips need a size >= 32 that divides by 4, frames >= 4 and "
                 f"questions_per_sample >= 1, got {size}, {frames} and {questions_per_sample}"
             )
+        if not objects or min(objects) < 1 or max(objects) > max(ACTOR_COUNTS):
+            raise UserError(f"objects={list(objects)}: a clip has 1 to {max(ACTOR_COUNTS)} of them")
+        if max(objects) == 1 and self.questions == ["order"]:
+            raise UserError("objects=[1]: one object has no order; give other questions")
         self.pixels = size
         self.frames = frames
+        self.objects = tuple(objects)
         self.questions_per_sample = questions_per_sample
         self.seed = seed
 
@@ -227,7 +246,7 @@ class Clips(Task):
         """The clip at ``index`` of ``split``: RGB frames, their times and the questions."""
         rng = stream(self.seed, split, index)
         while True:
-            actors = _random_actors(self.frames, split == "heldout", rng)
+            actors = _random_actors(self.objects, self.frames, split == "heldout", rng)
             content = fingerprint(sorted(actors), self.frames, self.pixels)
             if split != "heldout" and split_of(content) != split:
                 continue
@@ -254,7 +273,7 @@ class Clips(Task):
 
     def identity(self) -> str:
         """A short hash of the version and every argument."""
-        asked = self.questions, self.questions_per_sample
+        asked = self.questions, self.questions_per_sample, self.objects
         return fingerprint("Clips", VERSION, self.pixels, self.frames, *asked, self.seed)
 
 
