@@ -9,11 +9,13 @@ import json
 import sys
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
-from sandbox.errors import UserError
+from sandbox import arguments
+from sandbox.errors import UserError, fail
+from sandbox.evals.score import add_score
+from sandbox.stages.command import add_launcher, add_stages
 
 # Handed to Lightning as they are: its parser knows their many flags.
 TRAINER_COMMANDS = {
@@ -38,15 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         return args.handler(args)
     except UserError as error:
-        return _fail(str(error))
+        return fail(str(error))
     except BrokenPipeError:  # the reader of our output has gone: `sandbox params | head`
         sys.stderr.close()
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}")
+        return fail(f"{where}{error.strerror or error}")
     except KeyboardInterrupt:
-        return _fail("interrupted", code=130)
+        return fail("interrupted", code=130)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,22 +62,24 @@ def build_parser() -> argparse.ArgumentParser:
     quick = commands.add_parser("quickstart", help="train a tiny model in minutes and question it")
     quick.add_argument("--out", type=Path, help="run directory (default: a new one under runs/)")
     quick.add_argument("--seed", type=int, default=0, help="seed of data and weights (default: 0)")
-    quick.add_argument("--steps", type=_positive, help="train for so many steps only")
+    quick.add_argument("--steps", type=arguments.positive, help="train for so many steps only")
     quick.set_defaults(handler=_quickstart)
 
     for name, text in TRAINER_COMMANDS.items():  # listed for the help; main() dispatches them
         commands.add_parser(name, help=text, add_help=False)
 
-    stages = commands.add_parser(
-        "stages", help="train a ladder of stages for several arms and seeds, and compare the arms"
+    add_stages(commands)
+
+    ablate = commands.add_parser(
+        "ablate", help="compare arms under one budget: their runs, statistics and a report"
     )
-    stages.add_argument("file", type=Path, help="see sandbox/stages/plan.py")
-    stages.add_argument("--out", type=Path, help="new, or one to go on in (default: under runs/)")
-    stages.add_argument("--seeds", type=_seeds, help="of the file's, such as 0,1 (default: all)")
-    stages.add_argument("--arms", type=_names, help='of the file\'s, such as "a,b" (default: all)')
-    stages.add_argument("--jobs", type=_positive, default=1, help="runs at a time (default: 1)")
-    stages.add_argument("--dry-run", action="store_true", help="print the commands, run none")
-    stages.set_defaults(handler=_stages)
+    ablate.add_argument("file", type=Path, help="see sandbox/ablation/plan.py")
+    ablate.add_argument(
+        "--out", type=Path, help="output directory (default: a new one under runs/)"
+    )
+    ablate.add_argument("--resume", action="store_true", help="go on in --out where it stopped")
+    add_launcher(ablate)
+    ablate.set_defaults(handler=_ablate)
 
     ask = commands.add_parser("ask", help="put a question about images and videos to a checkpoint")
     ask.add_argument("question")
@@ -90,12 +94,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     shown = ask.add_mutually_exclusive_group()
     shown.add_argument(
-        "--frames", type=_positive, help="so many of each video, evenly spread (default: 8)"
+        "--frames",
+        type=arguments.positive,
+        help="so many of each video, evenly spread (default: 8)",
     )
     shown.add_argument(
-        "--fps", type=partial(_number, rule="a number above 0"), help="so many a second of video"
+        "--fps",
+        type=partial(arguments.number, rule="a number above 0"),
+        help="so many a second of video",
     )
-    shown.add_argument("--times", type=_seconds, help="those that show at these seconds: 0.5,1,2")
+    shown.add_argument(
+        "--times", type=arguments.seconds, help="those that show at these seconds: 0.5,1,2"
+    )
     ask.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
     ask.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: 1 = off)")
     ask.add_argument("--top-k", type=int, default=0, help="of the k likeliest (default: 0 = all)")
@@ -116,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     exported.add_argument("directory", type=Path, help="a new one")
     exported.add_argument(
         "--shard-size",
-        type=partial(_number, rule="a number of GB above 0"),
+        type=partial(arguments.number, rule="a number of GB above 0"),
         default=5.0,
         help="GB a file at most (default: 5)",
     )
@@ -137,20 +147,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     metadata.add_argument(
         "--build-metadata",
-        type=_positive,
+        type=arguments.positive,
         metavar="N",
         help="entries: words and bigrams that the captions have at least N times",
     )
     balance = curated.add_mutually_exclusive_group()
     balance.add_argument(
         "--threshold",
-        type=_positive,
+        type=arguments.positive,
         metavar="T",
         help="entries in up to T captions keep them all, others about T",
     )
     balance.add_argument(
         "--tail",
-        type=partial(_number, rule="a number between 0 and 1", below=1),
+        type=partial(arguments.number, rule="a number between 0 and 1", below=1),
         default=0.06,
         metavar="SHARE",
         help="the T for which such entries hold this share of all matches (default: 0.06)",
@@ -158,17 +168,22 @@ def build_parser() -> argparse.ArgumentParser:
     curated.add_argument("--text-key", default="caption", help="default: caption")
     curated.add_argument("--seed", type=int, default=0, help="seed of the choice (default: 0)")
     curated.add_argument(
-        "--jobs", type=_positive, default=1, help="processes, one file each (default: 1)"
+        "--jobs", type=arguments.positive, default=1, help="processes, one file each (default: 1)"
     )
     curated.add_argument(
         "--keep-matches", action="store_true", help="list a record's entries under 'metadata'"
     )
     curated.set_defaults(handler=_curate)
 
+    add_score(commands)
+
     params = commands.add_parser("params", help="a preset's parameters, memory and KV cache")
     params.add_argument("preset", nargs="?", help="default: all presets")
     params.add_argument(
-        "--context", type=_tokens, default=131_072, help="tokens in the KV cache (default: 131072)"
+        "--context",
+        type=arguments.tokens,
+        default=131_072,
+        help="tokens in the KV cache (default: 131072)",
     )
     params.add_argument("--json", action="store_true", help="print JSON")
     params.set_defaults(handler=_params)
@@ -186,36 +201,16 @@ def _quickstart(args: argparse.Namespace) -> int:
     return 0
 
 
-def _stages(args: argparse.Namespace) -> int:
-    from sandbox.runs import new_run_dir
-    from sandbox.stages.plan import Ladder, plan
-    from sandbox.stages.run import run, script
+def _ablate(args: argparse.Namespace) -> int:
+    from sandbox.ablation.command import ablate
 
-    try:
-        ladder = Ladder.read(args.file).choose(args.seeds, args.arms)
-    except UserError as error:
-        return _fail(str(error), code=2)
-    if args.dry_run:
-        print("\n".join(script(plan(ladder, args.out or Path("OUT")), args.jobs)))
-        return 0
-    out = args.out or new_run_dir(f"stages-{args.file.stem}")
-    print(f"output directory: {out} (to go on there: --out {out})", flush=True)
-    failed = run(plan(ladder, out), out, at_once=args.jobs)
-
-    from sandbox.stages.report import report
-
-    if text := report(ladder, out):
-        print(f"\n{text}\nreport: {out / 'report.md'}")
-    if failed:
-        listed = "; ".join(f"{name} ({why})" for name, why in failed.items())
-        raise UserError(f"{len(failed)} runs of {out} did not finish: {listed}")
-    return 0
+    return ablate(args)
 
 
 def _ask(args: argparse.Namespace) -> int:
     which = {name: getattr(args, name) for name in ("frames", "fps", "times")}
     if not args.video and any(which.values()):
-        return _fail("--frames, --fps and --times choose from a --video, and there is none", code=2)
+        return fail("--frames, --fps and --times choose from a --video, and there is none", code=2)
 
     # Files first: a mistyped path should not wait for torch to load.
     from sandbox.data.media import load_image
@@ -235,7 +230,7 @@ def _ask(args: argparse.Namespace) -> int:
     try:
         Sampling(**sampling)
     except UserError as error:
-        return _fail(str(error), code=2)
+        return fail(str(error), code=2)
     prompt = Prompt(
         [Turn("user", [*map(Image, images), *(Video(*clip) for clip in clips), args.question])]
     )
@@ -279,7 +274,7 @@ def _curate(args: argparse.Namespace) -> int:
     try:
         options = Options(tuple(args.inputs), least_count=args.build_metadata, **chosen)
     except UserError as error:
-        return _fail(str(error), code=2)
+        return fail(str(error), code=2)
     print(curate(options).summary())
     print(args.out)
     return 0
@@ -291,7 +286,7 @@ def _params(args: argparse.Namespace) -> int:
     try:
         configs = {args.preset: preset(args.preset)} if args.preset else PRESETS
     except UserError as error:
-        return _fail(str(error), code=2)
+        return fail(str(error), code=2)
 
     from sandbox.params import describe, details, overview
 
@@ -324,53 +319,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see `{self.prog} --help`)\n")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got '{text}'")
-    return int(text)
-
-
-def _seeds(text: str) -> list[int]:
-    if not all(seed.isdecimal() for seed in text.split(",")):
-        raise argparse.ArgumentTypeError(f"must be whole numbers such as 0,1, got '{text}'")
-    return list(map(int, text.split(",")))
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",")]
-
-
-def _seconds(text: str) -> list[float]:
-    try:
-        times = list(map(float, text.split(",")))
-    except ValueError:
-        times = [-1.0]
-    if times[0] < 0 or not all(a < b for a, b in pairwise([*times, float("inf")])):
-        raise argparse.ArgumentTypeError(f"must be seconds that increase, as 0.5,1,2, got '{text}'")
-    return times
-
-
-def _number(text: str, *, rule: str, below: float = float("inf")) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < below:
-        raise argparse.ArgumentTypeError(f"must be {rule}, got '{text}'")
-    return number
-
-
-def _tokens(text: str) -> int:
-    if (n := _positive(text)) > 10**12:
-        raise argparse.ArgumentTypeError(f"must be at most 10^12 tokens, got '{text}'")
-    return n
-
-
-def _fail(message: str, code: int = 1) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def within(module: str, *packages: str) -> bool:
 
 # Inside `sandbox`, what a module may import of `sandbox`: backbone -> model -> {generate, train}
 # -> evals -> {ablation, cli}, the right side importing the left; `data` imports no model code.
-BASICS = ("sandbox.allocator", "sandbox.errors", "sandbox.runs")
+BASICS = ("sandbox.allocator", "sandbox.arguments", "sandbox.errors", "sandbox.runs")
 TEXT = ("sandbox.tokenizer", "sandbox.vocabulary")
 BACKBONE = (*BASICS, "sandbox.backbone", "sandbox.meta", "sandbox.params")
 DATA = (*BASICS, *TEXT, "sandbox.data")
@@ -70,6 +70,7 @@ MODEL = (*BACKBONE, *DATA, "sandbox.model", "sandbox.generate", "sandbox.checkpo
 EVALS = (*MODEL, "sandbox.train", "sandbox.evals")
 ALLOWED = {
     "sandbox.allocator": (),
+    "sandbox.arguments": (),
     "sandbox.errors": (),
     "sandbox.runs": BASICS,
     "sandbox.meta": BASICS,
@@ -86,6 +87,13 @@ ALLOWED = {
     "sandbox.train": (*MODEL, "sandbox.train"),
     "sandbox.evals": EVALS,
     "sandbox.stages": (*BASICS, "sandbox.evals", "sandbox.stages"),
+    "sandbox.ablation": (
+        *EVALS,
+        "sandbox.stages",
+        "sandbox.report",
+        "sandbox.lightning_cli",
+        "sandbox.ablation",
+    ),
     "sandbox.curate": ("sandbox.errors", "sandbox.curate"),
 }
 

@@ -6,12 +6,14 @@ runs the real ones.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from itertools import count
+from math import asin
 from pathlib import Path
 from typing import Any
 
@@ -20,76 +22,13 @@ import yaml
 
 from sandbox import cli
 from sandbox.errors import UserError
-from sandbox.evals.paired import Difference
+from sandbox.evals.paired import Comparison, Difference
 from sandbox.stages.plan import Ladder, plan
+from sandbox.stages.process import Order, Process
+from sandbox.stages.progress import time_left
 from sandbox.stages.report import report, sentence
-from sandbox.stages.run import Mark, _Process, run
-
-STUB = """
-import json, os, random, sys, time
-from pathlib import Path
-
-command, *argv = sys.argv[1:]
-with open("calls.txt", "a") as calls:
-    print(*sys.argv[1:], os.environ["OMP_NUM_THREADS"], file=calls)
-flags = dict(flag[2:].split("=", 1) for flag in argv if "=" in flag)
-words = [word for word in argv if "=" not in word]
-given = dict(zip(words[::2], words[1::2]))
-out = Path(given.get("--out") or given["--resume"])
-if "--resume" in given:
-    config = json.loads((out / "config.yaml").read_text())
-    print("resumed")
-else:
-    assert not out.exists() or not any(out.iterdir()), out
-    out.mkdir(parents=True, exist_ok=True)
-    config = json.loads(Path(given["--config"]).read_text())
-print("at work as", os.getpid())
-if config.get("fails") and command == config["fails"]:
-    print("first\\n" * 20, "the last words", flush=True)
-    sys.exit(3)
-if command == "fit":
-    (out / "partial").touch()
-    for key, value in flags.items():
-        if value.count("/"):  # a run to start from
-            assert (Path(value) / "checkpoints/last.ckpt").read_text() == "whole", value
-    config["seed"] = int(flags.get("seed_everything", config.get("seed", -1)))
-    (out / "checkpoints").mkdir(exist_ok=True)
-    (out / "config.yaml").write_text(json.dumps(config))
-    if config.get("saves"):
-        (out / "checkpoints/last.ckpt").write_text("half")
-    if Path("hang").exists() and config.get("hangs"):
-        Path("hanging").write_text(str(os.getpid()))
-        time.sleep(600)
-    (out / "checkpoints/last.ckpt").write_text("whole")
-else:
-    run = Path(given["--ckpt_path"])
-    assert (run / "checkpoints/last.ckpt").read_text() == "whole"
-    rng = random.Random(f"{config['seed']} {config['name']}")
-    records = [
-        {"split": split, "index": i, "content": f"c{i}", "shown": (i + 1) % 30 if shuffled else i,
-         "images": images, "question": "how many?", "kind": f"kind {n}", "answer": "1",
-         "correct": rng.random() < (0.2 if shuffled else config["rate"])}
-        for split, images in (("test", "own"), ("heldout", "own"), ("test", "shuffled"),
-                              ("test", "reordered"))
-        for shuffled in [images == "shuffled"]
-        for i in range(30) for n in range(2)
-    ]
-    lines = "".join(json.dumps(record) + "\\n" for record in records)
-    (out / "predictions.jsonl").write_text(lines)
-    def rate(split, images="own", kind=""):
-        found = [r["correct"] for r in records
-                 if (r["split"], r["images"]) == (split, images) and kind in r["kind"]]
-        return sum(found) / len(found)
-    (out / "summary.json").write_text(json.dumps({
-        "accuracy": rate("test"),
-        "heldout_combination_accuracy": rate("heldout"),
-        "shuffled_image_accuracy": rate("test", "shuffled"),
-        "blind_majority_accuracy": 0.25,
-        "by_question": {k: {"accuracy": rate("test", kind=k)} for k in ("kind 0", "kind 1")},
-    }))
-"""
-
-STAND_IN = (sys.executable, "-S", "stub.py")
+from sandbox.stages.run import Mark, run
+from tests.ladders import STAND_IN, STUB, calls, hanging, ladder
 
 
 @pytest.fixture(autouse=True)
@@ -100,28 +39,6 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def ladder(**stages: dict[str, Any]) -> Ladder:
-    """Language model and pairs, then align, then joint, and a fresh arm; with changes by stage."""
-    rates = {"text": 0.0, "pairs": 0.0, "align": 0.6, "joint": 0.9, "fresh": 0.5}
-    sources = {"align": {"m.text": "text", "m.eye": "pairs"}, "joint": {"m.eye": "align"}}
-    for name, rate in rates.items():
-        config = {"name": name, "rate": rate, "data": {"init_args": {"batch_size": 4}}}
-        config |= {"trainer": {"max_steps": 10}} | stages.get(name, {})
-        Path(f"{name}.yaml").write_text(json.dumps(config))
-    content = {
-        "question": "Which way up?",
-        "baseline": "plain",
-        "seeds": [0, 1, 2],
-        "stages": {
-            name: {"config": f"{name}.yaml", "from": sources.get(name, {}), "once": name == "text"}
-            for name in rates
-        },
-        "arms": {"plain": "fresh", "tall": "joint", "middle": "align"},
-    }
-    Path("ladder.yaml").write_text(json.dumps(content))
-    return Ladder.read(Path("ladder.yaml"))
-
-
 def go(chosen: Ladder, out: str = "out", at_once: int = 1) -> tuple[dict[str, str], list[str]]:
     """What failed, and what was said."""
     said: list[str] = []
@@ -130,14 +47,6 @@ def go(chosen: Ladder, out: str = "out", at_once: int = 1) -> tuple[dict[str, st
         plan(chosen, Path(out)), Path(out), at_once=at_once, program=program, say=said.append
     )
     return failed, said
-
-
-def calls() -> list[str]:
-    """The commands that were started, and forget them."""
-    path = Path("calls.txt")
-    found = path.read_text().splitlines() if path.exists() else []
-    path.unlink(missing_ok=True)
-    return found
 
 
 def findings(out: str) -> tuple[str, dict[str, Any]]:
@@ -220,14 +129,48 @@ def test_a_process_that_is_killed_is_a_failure_with_its_signal() -> None:
     """Out of memory leaves no message in the log."""
     Path("hang").touch()
     job, _ = plan(ladder(fresh={"hangs": True}).choose(seeds=[0], arms=["plain"]), Path("out"))
-    Path("out/seed-0").mkdir(parents=True)
-    with Path("lock").open("w") as lock:
-        process = _Process(job, "start", Path("out"), STAND_IN, 1, lock.fileno())
-        os.kill(process._popen.pid, signal.SIGKILL)
-        while not process.ended():
-            time.sleep(0.01)
-    assert process.failure == "killed by SIGKILL"
-    assert not process.mark.finished
+    process = Process(Order((*STAND_IN, *job.argv), Path.cwd(), Path("log").absolute(), 1))
+    os.kill(process.pid, signal.SIGKILL)
+    while (end := process.end()) is None:
+        time.sleep(0.01)
+    assert end.failure == "killed by SIGKILL"
+    process.kill()  # of what has ended: not an error, and no other process
+
+
+def test_the_time_left_is_that_of_runs_of_the_same_kind() -> None:
+    """A mean over tests of seconds and trainings of hours promises the end of the night at noon."""
+    jobs = plan(ladder().choose(arms=["plain", "middle"]), Path("out"))
+    work = {job.name: job for job in jobs}
+    taken = {
+        work["seed-0/fresh"]: 100.0,
+        work["seed-1/fresh"]: 300.0,
+        work["seed-0/fresh-test"]: 8.0,
+        work["seed-0/align"]: 50.0,
+    }
+    one, two = work["seed-2/fresh"], work["seed-2/fresh-test"]
+    assert time_left(taken, {}, [one], 1) == 200  # of its stage, whose seeds differ
+    assert time_left(taken, {one: 30.0}, [], 4) == 170  # one run is not divided among four places
+    assert time_left(taken, {one: 500.0}, [], 1) == 0  # it takes longer than any before
+    assert time_left(taken, {one: 30.0}, [two], 4) == 178  # one behind the other
+    assert time_left(taken, {one: 30.0}, [two, work["seed-2/align"]], 1) == 228
+    assert time_left(taken, {one: 30.0}, [work["seed-2/align"]], 2) == 170
+    assert time_left(taken, {}, [work["seed-1/pairs"]], 1) == 150  # none of its own: of all trained
+    trained = {one: 10.0}
+    assert time_left(trained, {}, [two], 1) is None  # no test has finished yet
+    assert time_left(trained, {}, [], 1) == 0
+
+
+def test_the_time_left_is_told_and_counts_what_finished_before() -> None:
+    """Whoever comes back to a resumed sweep wants to know whether to wait."""
+    chosen = ladder().choose(arms=["plain"])
+    go(chosen.choose(seeds=[0]))
+    for job in plan(chosen.choose(seeds=[0]), Path("out")):
+        hours = 7200.0 if job.argv[0] == "fit" else 3600.0
+        Mark(job.fingerprint, finished=True, seconds=hours).write(Path("out"), job.name)
+    _, said = go(chosen.choose(seeds=[0, 1]))
+    assert said[0] == "[2/4 0:00:00, about 3:00:00 left] out has 2 finished before"
+    assert re.fullmatch(r"\[3/4 0:00:0\d, about 1:00:00 left\] seed-1/fresh finished .*", said[2])
+    assert re.fullmatch(r"\[4/4 0:00:0\d\] seed-1/fresh-test finished .*", said[-1])
 
 
 @pytest.mark.parametrize("saves", [True, False])
@@ -286,9 +229,7 @@ def test_an_interrupted_ladder_leaves_no_process_behind() -> None:
     pids: list[int] = []
 
     def interrupt(line: str) -> None:
-        while not (Path("hanging").exists() and Path("hanging").read_text()):
-            time.sleep(0.02)
-        pids.append(int(Path("hanging").read_text()))
+        pids.append(hanging())
         raise KeyboardInterrupt
 
     program = STAND_IN
@@ -370,10 +311,15 @@ def test_the_report_tells_what_the_tests_found() -> None:
     assert tall["samples"] == 4 * (200 + 10 + 10 + 10)
     assert results["arms"]["plain"]["samples"] == 4 * 10
     plain = results["arms"]["plain"]
-    assert plain["difference"] is None
-    assert tall["difference"]["mean"] == pytest.approx(tall["mean"] - plain["mean"])
-    assert tall["difference"]["verdict"] == "higher"
-    assert tall["difference"]["method"] == "t"
+    assert plain["comparison"] is None
+    compared = tall["comparison"]
+    assert compared["difference"]["mean"] == pytest.approx(tall["mean"] - plain["mean"])
+    assert (compared["difference"]["seeds"], compared["difference"]["images"]) == (3, 30)
+    assert compared["verdict"] == "higher"
+    assert compared["p_adjusted"] < 0.05
+    h = 2 * asin(tall["mean"] ** 0.5) - 2 * asin(plain["mean"] ** 0.5)
+    assert compared["effect"] == pytest.approx(h)
+    assert compared["minimum_detectable"] > 0
 
     row = next(line for line in text.splitlines() if line.startswith("| tall |"))
     numbers = [f"{value:.3f}" for value in (*own, tall["mean"])]
@@ -401,7 +347,7 @@ def test_a_report_of_what_there_is() -> None:
     assert text is not None
     row = next(line for line in text.splitlines() if line.startswith("| tall |"))
     assert row.split(" | ")[2] == "-"
-    assert "2 seeds: too few for a t interval" in text
+    assert "2 seeds, 30 images)." in text
 
 
 def test_arms_of_different_questions_are_not_compared() -> None:
@@ -415,23 +361,36 @@ def test_arms_of_different_questions_are_not_compared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "says"),
+    ("found", "compared", "says"),
     [
         (
-            Difference(0.02, 0.01, 0.03, 3, 0.95, "t", (0.0, 0.04)),
-            "**a**: higher than b (+0.020, 95% interval +0.010 to +0.030, 3 seeds; bootstrap over "
-            "seeds and images +0.000 to +0.040).",
+            (0.02, 0.01, 0.03, 0.001, 0.003, 8.0, 3, 1200, 0.95, (0.0, 0.04)),
+            (0.004, 0.05),
+            "**a**: higher than b (+0.020, 95% interval +0.010 to +0.030, adjusted *p* = 0.004, "
+            "*h* = +0.05; bootstrap +0.000 to +0.040; 3 seeds, 1,200 images).",
         ),
         (
-            Difference(-0.02, -0.05, 0.01, 1, 0.95, "bootstrap", (-0.05, 0.01)),
-            "**a**: no difference shown from b (-0.020, 95% interval -0.050 to +0.010, 1 seed: too "
-            "few for a t interval, so a bootstrap, which speaks of other images, not other seeds).",
+            (-0.02, -0.03, -0.01, 0.0001, 0.004, 40.0, 1, 50, 0.95, (-0.03, -0.01)),
+            (0.0002, -0.1),
+            "**a**: lower than b (-0.020, 95% interval -0.030 to -0.010, adjusted *p* < 0.001, "
+            "*h* = -0.10; bootstrap -0.030 to -0.010; 1 seed, 50 images). With one seed it speaks "
+            "of other images, not of other seeds.",
+        ),
+        (  # the detectable difference: noncentral t, by the tables about 5.65 standard errors
+            (0.1, 0.0140, 0.1860, 0.04, 0.02, 2.0, 3, 1, 0.95, (0.05, 0.15)),
+            (0.08, 0.2),
+            "**a**: no difference shown from b (+0.100, 95% interval +0.014 to +0.186, adjusted "
+            "*p* = 0.080, *h* = +0.20; bootstrap +0.050 to +0.150; 3 seeds, 1 image). With one "
+            "image it speaks of other seeds, not of other images. A true difference of 0.113 would "
+            "have been shown with a power of 80%.",
         ),
     ],
 )
-def test_a_verdict_says_what_it_rests_on(found: Difference, says: str) -> None:
+def test_a_verdict_says_what_it_rests_on(
+    found: tuple[Any, ...], compared: tuple[float, float], says: str
+) -> None:
     """A verdict from one seed must not read like one from ten."""
-    assert sentence("a", "b", found) == says
+    assert sentence("a", "b", Comparison(Difference(*found), *compared)) == says
 
 
 # --- The real thing -------------------------------------------------------------------------------
@@ -496,7 +455,8 @@ def test_a_real_ladder(workplace: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "report: out/report.md" in shown.out
     results = json.loads(Path("out/results.json").read_text())
     assert results["arms"]["twice"]["samples"] == 2 * 2 + 3 * 2
-    assert results["arms"]["twice"]["difference"]["method"] == "bootstrap"
+    compared = results["arms"]["twice"]["comparison"]["difference"]
+    assert (compared["seeds"], compared["images"]) == (1, 4)
     assert results["stages"]["first"]["seeds"]["0"]["cpu_seconds"] > 0.5
 
     # Killed after its last checkpoint, before the mark: the stage goes on, and ends at once.

@@ -65,7 +65,7 @@ def test_every_run_is_a_command_behind_those_it_needs(write: Callable[[Any], Pat
         "seed-5/align-test",
     ]  # fmt: skip
     assert jobs["seed-5/align"].argv == (
-        "fit", "--config", str(file.parent / "align.yaml"), "--out", "OUT/seed-5/align",
+        "fit", "--out", "OUT/seed-5/align", "--config", str(file.parent / "align.yaml"),
         "--seed_everything=5", "--m.language=OUT/seed-3/text", "--m.eye=OUT/seed-5/pairs",
     )  # fmt: skip
     assert jobs["seed-5/align"].needs == ("seed-3/text", "seed-5/pairs")
@@ -73,8 +73,8 @@ def test_every_run_is_a_command_behind_those_it_needs(write: Callable[[Any], Pat
     assert jobs["seed-5/pairs"].argv[-3:] == settings
     assert "--t.flag=null" in jobs["seed-5/joint"].argv
     assert jobs["seed-5/joint-test"].argv == (
-        "test", "--config", "OUT/seed-5/joint/config.yaml", "--ckpt_path", "OUT/seed-5/joint",
-        "--out", "OUT/seed-5/joint-test",
+        "test", "--out", "OUT/seed-5/joint-test",
+        "--config", "OUT/seed-5/joint/config.yaml", "--ckpt_path", "OUT/seed-5/joint",
     )  # fmt: skip
     assert jobs["seed-5/joint-test"].needs == ("seed-5/joint",)
 
@@ -230,5 +230,5 @@ def test_a_dry_run_prints_commands_and_loads_nothing_heavy(
     assert len(lines) == 4
     assert lines[0].startswith("OMP_NUM_THREADS=")
     joint = file.parent / "joint.yaml"
-    assert lines[0].endswith(f"fit --config {joint} --out new/seed-3/fresh --seed_everything=3")
+    assert lines[0].endswith(f"fit --out new/seed-3/fresh --config {joint} --seed_everything=3")
     assert not (tmp_path / "new").exists()

@@ -15,25 +15,22 @@ the seed; ``from`` puts the run directory of another stage of the same seed at a
 with ``once: true`` runs with the first seed alone, and all seeds share it.
 """
 
-import difflib
 import hashlib
 import json
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sandbox.errors import UserError
 from sandbox.runs import CONFIG
+from sandbox.stages.checks import fields, known, named, read_yaml, seed_list
 
 TEST = "-test"  # behind a run's name: the run that tests it
 LADDER_KEYS = {"question": str, "baseline": str, "seeds": list, "stages": dict, "arms": dict}
 STAGE_KEYS = {"config": str, "set": dict, "from": dict, "once": bool}
 TAKEN = ("seed_everything", "config", "ckpt_path", "out", "name", "resume")
-IN_WORDS = {str: "a text", list: "a list", dict: "a mapping", bool: "true or false"}
+NAME = r"\w[\w-]*(?<!-test)"  # of a stage, and so of its runs' directories
 
 
 @dataclass(frozen=True)
@@ -69,6 +66,11 @@ class Job:
     needs: tuple[str, ...]
     fingerprint: str
 
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Its configuration: what is said behind the command and its ``--out DIR``."""
+        return self.argv[3:]
+
 
 @dataclass(frozen=True)
 class Ladder:
@@ -90,21 +92,16 @@ class Ladder:
             UserError: it is missing or no YAML, a key or a name is unknown, a value is of the wrong
                 type, stages stand in a circle, or a configuration does not exist.
         """
-        try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{file}: no such file") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: not valid YAML: {error}") from None
-        found = _fields(str(file), content, LADDER_KEYS, required=LADDER_KEYS)
+        content = read_yaml(file)
+        found = fields(str(file), content, LADDER_KEYS, required=LADDER_KEYS)
         stages = {
-            name: _stage(f"{file}: stages.{name}", file.parent, value)
-            for name, value in _named(f"{file}: stages", found["stages"], r"\w[\w-]*(?<!-test)")
+            name: read_stage(f"{file}: stages.{name}", file.parent, value)
+            for name, value in named(f"{file}: stages", found["stages"], NAME)
         }
-        arms = dict(_named(f"{file}: arms", found["arms"], r"[^,]+"))
-        seeds = _seeds(f"{file}: seeds", found["seeds"])
+        arms = dict(named(f"{file}: arms", found["arms"], r"[^,]+"))
+        seeds = seed_list(f"{file}: seeds", found["seeds"])
         ladder = cls(file, found["question"], found["baseline"], seeds, seeds[0], stages, arms)
-        ladder._check()
+        ladder.check()
         return ladder
 
     def choose(
@@ -116,9 +113,9 @@ class Ladder:
             UserError: the file has no such seed or arm.
         """
         for arm in arms or ():
-            _known(f"--arms, {self.file}", arm, self.arms, "arm")
+            known(f"--arms, {self.file}", arm, self.arms, "arm")
         for seed in seeds or ():
-            _known(f"--seeds, {self.file}", str(seed), [str(s) for s in self.seeds], "seed")
+            known(f"--seeds, {self.file}", str(seed), [str(s) for s in self.seeds], "seed")
         chosen = self.seeds if seeds is None else tuple(s for s in self.seeds if s in seeds)
         kept = {n: stage for n, stage in self.arms.items() if arms is None or n in arms}
         return replace(self, seeds=chosen, arms=kept)
@@ -136,27 +133,31 @@ class Ladder:
         """The name of a stage's run."""
         return f"seed-{self.shared if self.stages[stage].once else seed}/{stage}"
 
-    def _check(self) -> None:
-        """Names lead somewhere, and no stage waits for itself."""
+    def check(self) -> None:
+        """Refuse what cannot run.
+
+        Raises:
+            UserError: a name leads nowhere, or a stage waits for itself.
+        """
         for name, stage in self.stages.items():
             for key, source in stage.sources.items():
                 where = f"{self.file}: stages.{name}.from.{key}"
                 if not isinstance(source, str):
                     raise UserError(f"{where}: must be the name of a stage, got {source!r}")
-                _known(where, source, self.stages, "stage")
+                known(where, source, self.stages, "stage")
         for name in self.stages:
             self._walk(name, ())
         for arm, tested in self.arms.items():
             where = f"{self.file}: arms.{arm}"
             if not isinstance(tested, str):
                 raise UserError(f"{where}: must be the name of a stage, got {tested!r}")
-            _known(where, tested, self.stages, "stage")
+            known(where, tested, self.stages, "stage")
             if self.stages[tested].once and len(self.seeds) > 1:
                 raise UserError(
                     f"{where}: '{tested}' runs once, so its {len(self.seeds)} seeds would be one "
                     "result copied; take `once` away"
                 )
-        _known(f"{self.file}: baseline", self.baseline, self.arms, "arm")
+        known(f"{self.file}: baseline", self.baseline, self.arms, "arm")
 
     def _walk(self, stage: str, trail: tuple[str, ...]) -> None:
         if stage in trail:
@@ -185,7 +186,7 @@ def _fit(ladder: Ladder, name: str, seed: int, out: Path) -> Job:
     flags = [f"--{key}={_text(value, seed)}" for key, value in settings.items()]
     needs = {key: ladder.run_name(source, seed) for key, source in stage.sources.items()}
     run = ladder.run_name(name, seed)
-    command = ("fit", "--config", str(stage.config), "--out", str(out / run), *flags)
+    command = ("fit", "--out", str(out / run), "--config", str(stage.config), *flags)
     linked = [f"--{key}={out / need}" for key, need in needs.items()]
     fingerprint = _hash(stage.config.read_text(encoding="utf-8"), flags, needs)
     return Job(run, (*command, *linked), tuple(dict.fromkeys(needs.values())), fingerprint)
@@ -194,7 +195,7 @@ def _fit(ladder: Ladder, name: str, seed: int, out: Path) -> Job:
 def _test(trained: Job, out: Path) -> Job:
     run, name = out / trained.name, trained.name + TEST
     config = ("--config", str(run / CONFIG))
-    argv = ("test", *config, "--ckpt_path", str(run), "--out", str(out / name))
+    argv = ("test", "--out", str(out / name), *config, "--ckpt_path", str(run))
     return Job(name, argv, (trained.name,), _hash("test", trained.fingerprint))
 
 
@@ -218,14 +219,31 @@ def _hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-# --- Checks ---------------------------------------------------------------------------------------
+def read_stage(where: str, folder: Path, value: Any) -> Stage:
+    """A stage of a file, ``value``, whose configuration lies below ``folder``.
+
+    Raises:
+        UserError: a key is unknown or of the wrong type, or its configuration does not exist.
+    """
+    found = fields(where, value, STAGE_KEYS, required=("config",))
+    settings, sources = varied(where, found)
+    return Stage(
+        existing(f"{where}.config", folder, found["config"]),
+        settings,
+        sources,
+        found.get("once", False),
+    )
 
 
-def _stage(where: str, folder: Path, value: Any) -> Stage:
-    found = _fields(where, value, STAGE_KEYS, required=("config",))
+def varied(where: str, found: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What stands under ``set`` and ``from``.
+
+    Raises:
+        UserError: a key is no option's, belongs to the command itself, or stands under both.
+    """
     settings, sources = found.get("set", {}), found.get("from", {})
     for part, keys in (("set", settings), ("from", sources)):
-        for key, _ in _named(f"{where}.{part}", keys, r"\w[\w.+-]*", empty=True):
+        for key, _ in named(f"{where}.{part}", keys, r"\w[\w.+-]*", empty=True):
             if key in TAKEN:
                 raise UserError(f"{where}.{part}: '{key}' is not for a stage to set")
     if both := settings.keys() & sources.keys():
@@ -234,49 +252,16 @@ def _stage(where: str, folder: Path, value: Any) -> Stage:
         json.dumps(settings)
     except TypeError as error:  # such as a date, which no option takes
         raise UserError(f"{where}.set: a value that is no plain one: {error}") from None
-    config = folder / found["config"]
-    if not config.is_file():
-        raise UserError(f"{where}.config: {config}: no such file")
-    return Stage(config, settings, sources, found.get("once", False))
+    return settings, sources
 
 
-def _fields(
-    where: str, value: Any, kinds: Mapping[str, type], required: Iterable[str]
-) -> dict[str, Any]:
-    """A mapping with known keys, each of its type."""
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: must be a mapping of {', '.join(kinds)}")
-    for key, content in value.items():
-        _known(where, str(key), kinds, "key")
-        if not isinstance(content, kinds[key]):
-            raise UserError(f"{where}: '{key}' must be {IN_WORDS[kinds[key]]}, got {content!r}")
-    if missing := [key for key in required if key not in value]:
-        raise UserError(f"{where}: '{missing[0]}' is missing")
-    return value
+def existing(where: str, folder: Path, name: str) -> Path:
+    """The configuration of that name below ``folder``.
 
-
-def _named(
-    where: str, value: Mapping[Any, Any], pattern: str, *, empty: bool = False
-) -> list[tuple[str, Any]]:
-    """The entries of a mapping whose keys are names."""
-    if not value and not empty:
-        raise UserError(f"{where}: there is none")
-    for name in value:
-        if not isinstance(name, str) or not re.fullmatch(pattern, name):
-            raise UserError(f"{where}: {name!r} is no name that can be used here")
-    return list(value.items())
-
-
-def _seeds(where: str, value: list[Any]) -> tuple[int, ...]:
-    whole = all(isinstance(seed, int) and not isinstance(seed, bool) for seed in value)
-    if not value or not whole or min(value) < 0 or len(set(value)) < len(value):
-        raise UserError(f"{where}: must be different whole numbers from 0 on, got {value!r}")
-    return tuple(value)
-
-
-def _known(where: str, name: str, valid: Collection[str], what: str) -> None:
-    """Raises: UserError: the name is none of the valid ones; it tells the nearest."""
-    if name not in valid:
-        near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(valid)}"
-        raise UserError(f"{where}: unknown {what} '{name}'; {hint}")
+    Raises:
+        UserError: there is none.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise UserError(f"{where}: {path}: no such file")
+    return path

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from matplotlib.figure import Figure
 
-from sandbox.evals.paired import Difference, Key, paired_difference
+from sandbox.evals.paired import Comparison, Difference, Key, compare, paired_difference
 from sandbox.runs import CONFIG
 from sandbox.stages.plan import TEST, Ladder
 from sandbox.stages.run import Mark
@@ -29,7 +29,11 @@ that training never showed; *exchanged*: the same questions with another picture
 the same pictures in another order; *majority*: the commonest answer; *samples*: batch size × steps,
 summed over the stages that the arm builds on (a sample is a picture, or its description where a
 stage reads text)."""
-ALONE = "Each interval stands alone: of twenty arms like the baseline, one is expected to differ."
+CORRECTED = """\
+A verdict goes by its p value after Holm's correction: were all arms like the baseline, one report
+of twenty would name any of them better or worse. Each interval stands alone, so it may leave zero
+out without a verdict. It reckons with other seeds and other images; so does the bootstrap, which is
+too narrow over few seeds. Cohen's *h*: 0.2 is small, 0.5 medium, 0.8 large."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +72,6 @@ class Arm:
         never = {seed: dict.fromkeys(found, False) for seed, found in self.answers.items()}
         return paired_difference(self.answers, never)
 
-    def against(self, baseline: "Arm") -> Difference | None:
-        """The difference on the seeds that both have; None without one.
-
-        Raises:
-            UserError: they were asked different questions.
-        """
-        seeds = [seed for seed in self.answers if seed in baseline.answers]
-        if not seeds:
-            return None
-        ours, theirs = ({s: arm.answers[s] for s in seeds} for arm in (self, baseline))
-        return paired_difference(ours, theirs)
-
 
 def report(ladder: Ladder, out: Path) -> str | None:
     """Write ``report.md``, ``results.json`` and ``report.png`` about the tests that have finished.
@@ -93,36 +85,39 @@ def report(ladder: Ladder, out: Path) -> str | None:
     arms = [arm for name in ladder.arms if (arm := _arm(ladder, out, name)).answers]
     if not arms:
         return None
-    baseline = next((arm for arm in arms if arm.name == ladder.baseline), None)
-    differences = {
-        arm.name: found
-        for arm in arms
-        if baseline and arm is not baseline and (found := arm.against(baseline))
-    }
+    answers = {arm.name: arm.answers for arm in arms}
+    found = compare(answers, ladder.baseline) if ladder.baseline in answers else {}
     costs = _costs(ladder, out)
     results = {
         "question": ladder.question,
         "baseline": ladder.baseline,
-        "arms": {arm.name: _plain(arm, differences.get(arm.name)) for arm in arms},
+        "arms": {arm.name: _plain(arm, found.get(arm.name)) for arm in arms},
         "stages": costs,
     }
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    text = "\n\n".join(_sections(ladder, arms, differences, costs)) + "\n"
+    text = "\n\n".join(_sections(ladder, arms, found, costs)) + "\n"
     (out / "report.md").write_text(text, encoding="utf-8")
-    _draw(ladder, arms, differences).savefig(out / "report.png", dpi=150)
+    _draw(ladder, arms, found).savefig(out / "report.png", dpi=150)
     return text
 
 
-def sentence(name: str, baseline: str, found: Difference) -> str:
-    """What an arm's difference shows, in words."""
-    interval, seeds = _interval(found.low, found.high), f"seed{'s' * (found.seeds > 1)}"
+def sentence(name: str, baseline: str, found: Comparison) -> str:
+    """What an arm's comparison shows, in words."""
+    of = found.difference
     claim = f"{found.verdict} {'from' if found.verdict == 'no difference shown' else 'than'}"
-    text = f"**{name}**: {claim} {baseline} ({found.mean:+.3f}, {found.level:.0%} interval "
-    text += f"{interval}, {found.seeds} {seeds}"
-    if found.method == "t":
-        return f"{text}; bootstrap over seeds and images {_interval(*found.bootstrap)})."
-    speaks = "other images, not other seeds" if found.seeds == 1 else "other seeds hardly"
-    return f"{text}: too few for a t interval, so a bootstrap, which speaks of {speaks})."
+    text = (
+        f"**{name}**: {claim} {baseline} ({of.mean:+.3f}, {of.level:.0%} interval "
+        f"{_interval(of.low, of.high)}, adjusted {_chance(found.p_adjusted)}, *h* = "
+        f"{found.effect:+.2f}; bootstrap {_interval(*of.bootstrap)}; {_count(of.seeds, 'seed')}, "
+        f"{_count(of.images, 'image')})."
+    )
+    if of.seeds == 1:
+        text += " With one seed it speaks of other images, not of other seeds."
+    elif of.images == 1:
+        text += " With one image it speaks of other seeds, not of other images."
+    if found.verdict == "no difference shown" and (least := found.minimum_detectable):
+        text += f" A true difference of {least:.3f} would have been shown with a power of 80%."
+    return text
 
 
 # --- Reading --------------------------------------------------------------------------------------
@@ -193,7 +188,7 @@ def _costs(ladder: Ladder, out: Path) -> dict[str, Any]:
 # --- Writing --------------------------------------------------------------------------------------
 
 
-def _plain(arm: Arm, difference: Difference | None) -> dict[str, Any]:
+def _plain(arm: Arm, found: Comparison | None) -> dict[str, Any]:
     accuracy = arm.accuracy
     return {
         "stage": arm.stage,
@@ -203,14 +198,19 @@ def _plain(arm: Arm, difference: Difference | None) -> dict[str, Any]:
         "by_question": arm.by_question,
         **{key: arm.mean(key) for key in CONTROLS.values()},
         "samples": arm.samples,
-        "difference": difference and {**asdict(difference), "verdict": difference.verdict},
+        "comparison": found
+        and {
+            **asdict(found),
+            "verdict": found.verdict,
+            "minimum_detectable": found.minimum_detectable,
+        },
     }
 
 
 def _sections(
     ladder: Ladder,
     arms: Sequence[Arm],
-    differences: Mapping[str, Difference],
+    comparisons: Mapping[str, Comparison],
     costs: Mapping[str, Any],
 ) -> Iterable[str]:
     yield f"# {ladder.question}"
@@ -230,10 +230,10 @@ def _sections(
     )
     yield NOTES
     yield f"## Against the baseline: {ladder.baseline}"
-    if differences:
-        found = (sentence(name, ladder.baseline, d) for name, d in differences.items())
-        yield "\n".join(f"- {line}" for line in found)
-        yield ALONE
+    if comparisons:
+        lines = (sentence(name, ladder.baseline, found) for name, found in comparisons.items())
+        yield "\n".join(f"- {line}" for line in lines)
+        yield CORRECTED
     else:
         yield "Nothing to compare: no seed of the baseline and of another arm has finished."
     yield "![Accuracy of each arm, and its difference from the baseline](report.png)"
@@ -267,13 +267,21 @@ def _interval(low: float, high: float) -> str:
     return f"{low:+.3f} to {high:+.3f}"
 
 
+def _chance(p: float) -> str:
+    return "*p* < 0.001" if p < 0.001 else f"*p* = {p:.3f}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number > 1)}"
+
+
 def _time(took: Mapping[str, Any] | None) -> str:
     if took is None:
         return "-"
     return f"{timedelta(seconds=round(took['cpu_seconds']))}{'+' * took['resumed']}"
 
 
-def _draw(ladder: Ladder, arms: Sequence[Arm], differences: Mapping[str, Difference]) -> Figure:
+def _draw(ladder: Ladder, arms: Sequence[Arm], comparisons: Mapping[str, Comparison]) -> Figure:
     """Arms from top to bottom: accuracies on the left, differences on the right."""
     figure = Figure(figsize=(10, 1.6 + 0.55 * len(arms)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -284,7 +292,8 @@ def _draw(ladder: Ladder, arms: Sequence[Arm], differences: Mapping[str, Differe
         dots = [summary["accuracy"] for summary in arm.summaries.values()]
         below = [row + 0.15 + 0.2 * n / len(dots) for n in range(len(dots))]  # equal ones too
         left.plot(dots, below, "o", color=colour, mec="white", ms=6)
-        if found := differences.get(arm.name):
+        if compared := comparisons.get(arm.name):
+            found = compared.difference
             right.plot([found.low, found.high], [row, row], color=colour, lw=2)
             right.plot(found.mean, row, "|", color=colour, ms=16, mew=2)
     right.axvline(0, color="0.5", lw=1, ls="--")

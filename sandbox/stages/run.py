@@ -1,22 +1,18 @@
-"""The runs of a ladder as processes: side by side, and on from where they stopped.
+"""The runs of a ladder: side by side, and on from where they stopped.
 
 Beside a run's directory ``OUT/seed-0/NAME`` stand its output, ``NAME.log``, and its mark,
 ``NAME.json``: what was started there, and whether it has finished. POSIX only.
 """
 
-import ctypes
 import fcntl
 import json
-import os
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -24,14 +20,13 @@ from typing import Literal
 from sandbox.errors import UserError
 from sandbox.runs import resume_point
 from sandbox.stages.plan import Job
+from sandbox.stages.process import LOCAL, PATIENCE, POLL, Launcher, Order, Work
+from sandbox.stages.progress import time_left
 
 PROGRAM = (sys.executable, "-m", "sandbox.cli")
 COMMANDS = "commands.txt"
 LOCK = ".lock"
-POLL = 0.02  # seconds between two looks at the processes
-PATIENCE = 10.0  # seconds for what a killed ladder has left to die, data workers included
 TAIL = 10  # lines of a failed run's log that are shown
-PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux' prctl(2)
 
 Step = Literal["skip", "resume", "start"]
 
@@ -99,9 +94,8 @@ def next_step(job: Job, out: Path) -> Step:
     return "resume" if resumable else "start"
 
 
-def script(jobs: Sequence[Job], at_once: int = 1, program: Sequence[str] = PROGRAM) -> list[str]:
+def script(jobs: Sequence[Job], threads: int, program: Sequence[str] = PROGRAM) -> list[str]:
     """The jobs as lines for a shell, each behind those it needs."""
-    threads = _threads(at_once)
     return [f"OMP_NUM_THREADS={threads} {shlex.join([*program, *job.argv])}" for job in jobs]
 
 
@@ -110,17 +104,19 @@ def run(
     out: Path,
     *,
     at_once: int = 1,
+    launch: Launcher = LOCAL,
     program: Sequence[str] = PROGRAM,
     say: Callable[[str], None] = _say,
 ) -> dict[str, str]:
     """Run what has not finished yet, each job when those it needs have.
 
-    The processes share the cores evenly. They die with this one, however it ends.
+    They die with this process, however it ends.
 
     Args:
         jobs: each behind those it needs.
         out: the output directory.
         at_once: how many run side by side.
+        launch: where they run.
         program: what stands before a job's arguments.
         say: prints a line.
 
@@ -133,19 +129,24 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out) as lock:
         steps = {job.name: next_step(job, out) for job in jobs}  # all, before anything starts
-        _note_commands(out / COMMANDS, script(jobs, at_once, program))
+        threads = launch.threads(at_once)
+        _note_commands(out / COMMANDS, script(jobs, threads, program))
         done = {name for name, step in steps.items() if step == "skip"}
+        taken = _taken([job for job in jobs if job.name in done], out)
         failed: dict[str, str] = {}
+        waiting = [job for job in jobs if job.name not in done]
+        running: dict[Job, Work] = {}
+        began: dict[Job, float] = {}
         started = time.monotonic()
 
         def tell(name: str, what: str) -> None:
-            over = timedelta(seconds=round(time.monotonic() - started))
-            say(f"[{len(done)}/{len(jobs)} {over}] {name} {what}")
+            now = time.monotonic()
+            left = time_left(taken, {job: now - began[job] for job in running}, waiting, at_once)
+            about = f", about {_clock(left)} left" if left else ""
+            say(f"[{len(done)}/{len(jobs)} {_clock(now - started)}{about}] {name} {what}")
 
         if done:
             tell(out.name, f"has {len(done)} finished before")
-        waiting = [job for job in jobs if job.name not in done]
-        running: list[_Process] = []
         try:
             while waiting or running:
                 for job in list(waiting):
@@ -156,96 +157,55 @@ def run(
                     elif len(running) < at_once and done.issuperset(job.needs):
                         waiting.remove(job)
                         step = steps[job.name]
-                        running.append(_Process(job, step, out, program, _threads(at_once), lock))
+                        began[job] = time.monotonic()
+                        running[job] = launch.start(_order(job, step, out, program, threads), lock)
                         tell(job.name, "resumed" if step == "resume" else "started")
-                ended = [process for process in running if process.ended()]
-                for process in ended:
-                    running.remove(process)
-                    name = process.job.name
-                    if reason := process.failure:
-                        failed[name] = reason
-                        tell(name, f"failed ({reason}); the end of {process.log}:")
-                        say(_tail(process.log))
+                ended = {job: end for job, work in running.items() if (end := work.end())}
+                for job, end in ended.items():
+                    del running[job]
+                    if end.failure:
+                        failed[job.name] = end.failure
+                        log = out / f"{job.name}.log"
+                        tell(job.name, f"failed ({end.failure}); the end of {log}:")
+                        say(_tail(log))
                     else:
-                        done.add(name)
-                        process.mark.write(out, name)
-                        taken = timedelta(seconds=round(process.mark.seconds))
-                        tell(name, f"finished in {taken}")
+                        done.add(job.name)
+                        resumed = steps[job.name] == "resume"
+                        times = (end.seconds, end.cpu_seconds)
+                        Mark(job.fingerprint, True, *times, resumed).write(out, job.name)
+                        if not resumed:
+                            taken[job] = end.seconds
+                        tell(job.name, f"finished in {_clock(end.seconds)}")
                 if running and not ended:
                     time.sleep(POLL)
         finally:
-            for process in running:
-                process.kill()
+            for work in running.values():
+                work.kill()
     return failed
 
 
-class _Process:
-    """A job at work, in a process group of its own: Ctrl-C reaches this program alone."""
-
-    def __init__(
-        self, job: Job, step: Step, out: Path, program: Sequence[str], threads: int, lock: int
-    ) -> None:
-        self.job = job
-        self.log = out / f"{job.name}.log"
-        self.mark = Mark(job.fingerprint, resumed=step == "resume")
-        self.mark.write(out, job.name)
-        argv = job.argv
-        if step == "resume":
-            argv = ("fit", "--resume", str(out / job.name))
-        else:
-            shutil.rmtree(out / job.name, ignore_errors=True)
-        command = [*program, *argv]
-        self._started = time.monotonic()
-        with self.log.open("ab" if step == "resume" else "wb") as log:
-            log.write(f"$ {shlex.join(command)}\n".encode())
-            log.flush()
-            self._popen = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
-                pass_fds=[lock],  # so that the lock outlives this program if a child does
-                process_group=0,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-            )
-
-    def ended(self) -> bool:
-        """Whether it has; the mark then has what it took."""
-        # Not Popen.poll: it does not tell the CPU time of this one process and its workers.
-        pid, status, usage = os.wait4(self._popen.pid, os.WNOHANG)
-        if pid == 0:
-            return False
-        self._popen.returncode = os.waitstatus_to_exitcode(status)
-        self.mark = replace(
-            self.mark,
-            finished=self._popen.returncode == 0,
-            seconds=time.monotonic() - self._started,
-            cpu_seconds=usage.ru_utime + usage.ru_stime,
-        )
-        return True
-
-    @property
-    def failure(self) -> str:
-        """Why it failed; empty if it did not."""
-        code = self._popen.returncode
-        if code < 0:
-            return f"killed by {signal.Signals(-code).name}"
-        return f"exit code {code}" if code else ""
-
-    def kill(self) -> None:
-        """End it and all that it has started."""
-        os.killpg(self._popen.pid, signal.SIGKILL)
-        self._popen.wait()
+def _taken(jobs: Sequence[Job], out: Path) -> dict[Job, float]:
+    """The seconds of those that finished before, where they are known in full."""
+    marks = {job: Mark.read(out, job.name) for job in jobs}
+    return {job: mark.seconds for job, mark in marks.items() if mark and not mark.resumed}
 
 
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+def _order(job: Job, step: Step, out: Path, program: Sequence[str], threads: int) -> Order:
+    """What starts a run, once it is marked, its log begun, and its directory made empty.
 
-
-def _die_with_parent() -> None:
-    """In a new process on Linux: be killed when this program dies, even by kill -9."""
-    assert _libc is not None
-    _libc.prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    A run that goes on keeps what is in its directory and in its log.
+    """
+    Mark(job.fingerprint, resumed=step == "resume").write(out, job.name)
+    argv = job.argv
+    if step == "resume":
+        argv = ("fit", "--resume", str(out / job.name))
+    else:
+        shutil.rmtree(out / job.name, ignore_errors=True)
+    command = (*program, *argv)
+    log = out / f"{job.name}.log"
+    with log.open("ab" if step == "resume" else "wb") as file:
+        file.write(f"$ {shlex.join(command)}\n".encode())
+    return Order(command, Path.cwd(), log.absolute(), threads)
 
 
 @contextmanager
@@ -267,16 +227,14 @@ def _locked(out: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def _threads(at_once: int) -> int:
-    """The threads of one process of several."""
-    able = getattr(os, "sched_getaffinity", None)
-    return max(1, (len(able(0)) if able else os.cpu_count() or 1) // at_once)
-
-
 def _note_commands(path: Path, lines: Sequence[str]) -> None:
     """Add the lines that the file lacks: it tells of every run in the directory."""
     known = path.read_text().splitlines() if path.exists() else []
     path.write_text("\n".join(dict.fromkeys([*known, *lines])) + "\n")
+
+
+def _clock(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))
 
 
 def _tail(log: Path) -> str:
