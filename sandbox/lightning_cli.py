@@ -207,7 +207,7 @@ class _KeepConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write ``config.yaml``, after moving one that says something else out of the way."""
         path = Path(trainer.default_root_dir) / CONFIG
-        text = self.parser.dump(self.config, skip_none=False)
+        text = self.parser.dump(self.config, skip_unset=False)
         if path.exists() and path.read_text() != text:
             number = 1 + len(list(path.parent.glob("config-*.yaml")))
             path.rename(path.with_name(f"config-{number}.yaml"))

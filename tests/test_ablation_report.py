@@ -175,7 +175,9 @@ def test_nothing_finished_is_told_and_breaks_nothing(tmp_path: Path) -> None:
 def test_one_seed_of_two_arms_is_enough(tmp_path: Path) -> None:
     """The first look at a sweep is at one seed."""
     out = write_sweep(tmp_path / "out", {"early": 0.9, "late": 0.2}, seeds=(3,), samples=8)
-    assert "lower than early" in write_report(out)
+    told = write_report(out)
+    assert "lower than early" in told
+    assert "1 seed. A single seed speaks of other images, not of other seeds." in told
     Page((out / "report.html").read_text())
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -50,7 +51,7 @@ def resolve(argv: Sequence[str]) -> dict[str, Any]:
     """
     with _told():
         cli = _Unrun(argv, build=False)
-        text = cli._parser("fit").dump(cli.config["fit"], skip_none=False)
+        text = cli._parser("fit").dump(cli.config["fit"], skip_unset=False)
     found: dict[str, Any] = yaml.safe_load(text)
     return found
 
@@ -124,6 +125,9 @@ class _Unrun(SandboxCLI):
         self.build = build
         super().__init__("fit", argv)
 
+    def _set_seed(self) -> None:
+        """What is counted does not hang on random weights, and a caller's draws are its own."""
+
     def instantiate_classes(self) -> None:
         """Build model and data, or nothing."""
         if self.build:
@@ -142,10 +146,17 @@ class _Unrun(SandboxCLI):
 
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
-    """What the parser prints before it exits becomes an error that can be told with its place."""
-    said = io.StringIO()
+    """What the parser prints before it exits becomes an error that can be told with its place.
+
+    What Lightning says of the machine's devices is for those who train on them.
+    """
+    said, talker = io.StringIO(), logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = talker.level
+    talker.setLevel(logging.WARNING)
     try:
         with contextlib.redirect_stderr(said):
             yield
     except SystemExit:
         raise UserError(said.getvalue().strip().removeprefix("error: ")) from None
+    finally:
+        talker.setLevel(level)

@@ -16,6 +16,7 @@ from sandbox.evals.run import Record
 from sandbox.report.gather import card
 from sandbox.runs import CONFIG
 
+LARGEST = 480  # pixels a side of a picture
 SHOWN = 4  # of the questions that one of two arms does better on
 
 
@@ -125,5 +126,6 @@ def _with_picture(example: Example, task: Task | None) -> Example:
     record = Record(
         split, asked.index, asked.content, asked.index, question, asked.correct, asked.reply
     )
-    picture = card(task, record).picture
+    picture = card(task, record).picture.copy()
+    picture.thumbnail((LARGEST, LARGEST))  # the page holds all of them
     return Example(example.asked, example.baseline, example.arm, example.gain, picture)

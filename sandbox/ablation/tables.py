@@ -65,6 +65,8 @@ def sentence(baseline: str, found: Comparison) -> str:
         f"{d.high:+.3f}), Holm-adjusted p {chance(found.p_adjusted)}, "
         f"Cohen’s h {found.effect:+.2f}, {d.seeds} seed{'s' * (d.seeds > 1)}."
     )
+    if d.seeds == 1:
+        text += " A single seed speaks of other images, not of other seeds."
     if found.verdict == "no difference shown":
         text += (
             f" A true difference of {found.minimum_detectable:.3f} would be shown by four in five "
