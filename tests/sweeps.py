@@ -43,6 +43,7 @@ def write_sweep(
         "budget": {"match": "flops", "amount": FLOPS * STEPS},
         "metrics": ["accuracy", "heldout", "accuracy/value"],
         "base": "base.yaml",
+        "stages": {"text_lm": "text_lm.yaml"},
         "file": "fusion.yaml",
         "arms": {
             name: {

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("encoders", "fusion", "sandbox")
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 LADDERS = sorted(ROOT.glob("experiments/*/ladder.yaml"))
+ABLATIONS = sorted({*ROOT.glob("experiments/ablations/*.yaml")} - {*ROOT.glob("**/base.yaml")})
 CONFIGURATIONS = sorted(
-    {*ROOT.glob("experiments/**/*.yaml"), *ROOT.glob("sandbox/*.yaml")} - {*LADDERS}
+    {*ROOT.glob("experiments/**/*.yaml"), *ROOT.glob("sandbox/*.yaml")} - {*LADDERS, *ABLATIONS}
 )
 
 
@@ -221,6 +223,23 @@ def test_every_ladder_is_valid(path: Path, tmp_path: Path, monkeypatch: pytest.M
     assert {job.name for job in trained} == {f"seed-0/{name}" for name in ladder.stages}
     for job in trained:
         run(*job.argv[:1], job.argv[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_every_ablation_is_valid(path: Path, tmp_path: Path) -> None:
+    """An arm that no longer parses would be found after the arms before it have trained."""
+    from sandbox.ablation.cost import resolve
+    from sandbox.ablation.plan import Ablation
+    from sandbox.stages.plan import plan
+
+    ladder = Ablation.read(path).ladder()
+    jobs = plan(replace(ladder, seeds=ladder.seeds[:1]), tmp_path)
+    trained = [job for job in jobs if job.argv[0] == "fit"]
+    assert len(trained) == len(ladder.stages)
+    configs = [resolve(job.options) for job in trained]
+    assert all(config["model"]["class_path"] for config in configs)
+    assert len({str(config) for config in configs}) == len(configs), "two arms are the same"
 
 
 # --- What the README says -------------------------------------------------------------------------

@@ -18,13 +18,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from sandbox.ablation.plan import Ablation, changes, slug
+from sandbox.ablation.plan import PLAN, Ablation, changes, slug
 from sandbox.errors import UserError
 from sandbox.runs import new_run_dir
 from sandbox.stages.plan import TEST, Job, Ladder, plan
 from sandbox.stages.run import run
 
-PLAN = "plan.json"
 PACE = "-pace"  # behind an arm's name: the short run that tells its speed
 PACE_STEPS = 30
 
@@ -98,7 +97,6 @@ def _planned(
 ) -> dict[str, int]:
     """The steps of each arm: those planned before, or solved from what one costs; told and kept."""
     from sandbox.ablation.cost import measure, resolve, solve
-    from sandbox.checkpoint import provenance
 
     alone = replace(ablation, arms={"base": ablation.base}, baseline="base").ladder()
     base = resolve(_first(alone, "base", out).options)
@@ -132,8 +130,8 @@ def _planned(
         "seeds": list(ablation.seeds),
         "budget": asdict(ablation.budget),
         "metrics": list(ablation.metrics),
+        "stages": {name: str(stage.config) for name, stage in ablation.stages.items()},
         "arms": arms,
-        "provenance": provenance(),
     }
     partial = path.with_name(f".{PLAN}.partial")
     partial.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")

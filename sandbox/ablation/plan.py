@@ -41,6 +41,7 @@ REQUIRED = {
     "arms": dict,
 }
 KEYS = REQUIRED | {"metrics": list, "stages": dict, "set": dict, "from": dict}
+PLAN = "plan.json"  # what came of the file, in the sweep's directory
 VALIDATIONS = 10  # of a run, at the same shares of every arm's budget
 
 

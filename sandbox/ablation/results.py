@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from sandbox.ablation.plan import PLAN
 from sandbox.errors import UserError
 from sandbox.evals.controls import PREDICTIONS, SUMMARY
 from sandbox.evals.paired import Answers, Comparison, Difference, Key, compare, paired_difference
@@ -15,7 +16,6 @@ from sandbox.evals.run import write_json
 from sandbox.stages.plan import TEST
 from sandbox.stages.run import COMMANDS, Mark
 
-PLAN = "plan.json"
 RESULTS = "results.json"
 CONTROLS = {  # what every accuracy stands beside, and its key in a summary and in `by_question`
     "shuffled images": ("shuffled_image_accuracy", "shuffled"),
@@ -146,6 +146,7 @@ class Results:
 
     Attributes:
         question, baseline, seeds, budget, metrics, base, file: as the ablation file says.
+        stages: by name, the configuration of each training that arms start from.
         arms: by name, in the order of the file.
         comparisons: by metric, each arm against the baseline on the seeds that both have.
         incomparable: by metric, why there is no comparison.
@@ -159,6 +160,7 @@ class Results:
     metrics: Sequence[str]
     base: str
     file: str
+    stages: Mapping[str, str]
     arms: Mapping[str, Arm]
     comparisons: Mapping[str, Mapping[str, Comparison]]
     incomparable: Mapping[str, str]
@@ -221,6 +223,7 @@ def read_results(out: Path) -> Results:
         plan["metrics"],
         plan["base"],
         plan["file"],
+        plan["stages"],
         arms,
         comparisons,
         incomparable,

@@ -76,9 +76,10 @@ def sentence(baseline: str, found: Comparison) -> str:
 
 
 def matched(results: Results) -> str:
-    """What every run had of the budget."""
+    """What every run had of the budget, and what it had before."""
     kind, amount = results.budget["match"], results.budget["amount"]
-    return MATCHED[kind].format(amount=quantity(amount, UNITS.get(kind, "")))
+    told = MATCHED[kind].format(amount=quantity(amount, UNITS.get(kind, "")))
+    return f"{told}, after {', '.join(results.stages)} outside it" if results.stages else told
 
 
 def missing(results: Results) -> list[str]:

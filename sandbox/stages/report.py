@@ -30,10 +30,10 @@ the same pictures in another order; *majority*: the commonest answer; *samples*:
 summed over the stages that the arm builds on (a sample is a picture, or its description where a
 stage reads text)."""
 CORRECTED = """\
-A verdict goes by its p value after Holm's correction: were all arms like the baseline, one report
-of twenty would name any of them better or worse. Each interval stands alone, so it may leave zero
-out without a verdict. It reckons with other seeds and other images; so does the bootstrap, which is
-too narrow over few seeds. Cohen's *h*: 0.2 is small, 0.5 medium, 0.8 large."""
+A verdict goes by its p value after Holm's correction: were all arms like the baseline, at most one
+report of twenty would call any of them higher or lower. Each interval stands alone, so it may leave
+zero out without a verdict. It reckons with other seeds and other images; so does the bootstrap,
+which is too narrow over few seeds. Cohen's *h*: 0.2 is small, 0.5 medium, 0.8 large."""
 
 
 @dataclass(frozen=True)
