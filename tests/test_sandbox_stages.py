@@ -71,7 +71,7 @@ def test_all_runs_once_in_order_and_a_second_call_runs_none() -> None:
     assert "at work as" in Path("out/seed-2/joint.log").read_text()
     commands = Path("out/commands.txt").read_text().splitlines()
     assert len(commands) == len(jobs)
-    assert "stub.py fit --config fresh.yaml --out out/seed-0/fresh" in commands[0]
+    assert "stub.py fit --out out/seed-0/fresh --config fresh.yaml" in commands[0]
 
     first = report(chosen, Path("out"))
     assert go(chosen)[0] == {}
@@ -214,7 +214,7 @@ def test_kill_minus_nine_and_again_gives_the_same_report(saves: bool) -> None:
         log = Path("out/seed-0/align.log").read_text()
         assert log.count("at work as") == 2
     else:
-        assert first.startswith("fit --config align.yaml --out out/seed-0/align")
+        assert first.startswith("fit --out out/seed-0/align --config align.yaml")
     report(chosen, Path("out"))
     assert findings("out") == findings("whole")
     resumed = json.loads(Path("out/results.json").read_text())["stages"]["align"]["seeds"]["0"]

@@ -2,12 +2,15 @@
 
 import os
 import re
+import secrets
 import signal
+import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -36,7 +39,8 @@ def on_ray() -> Iterator[OnRay]:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("RAY_TMPDIR", short)
         patch.setattr("sandbox.stages.on_ray.cores", lambda: 2)
-        patch.setitem(os.environ, "RAY_AUTH_MODE", "token")  # so that it is taken back at the end
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one at home
         yield OnRay()
         import ray
 
@@ -168,6 +172,20 @@ def test_runs_share_the_cores_of_the_nodes(cores_of: list[int], at_once: int, th
     assert share(cores_of, at_once) == threads
 
 
+def test_an_address_where_nothing_listens_is_an_error_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray tries such an address for more than ten minutes before it gives up."""
+    ray = ModuleType("ray")
+    ray.is_initialized = lambda: False  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with socket.socket() as taken:  # bound, but it does not listen: nobody else can either
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(UserError, match=r"no Ray lets us in at RAY_ADDRESS=127\..*Errno"):
+            OnRay()
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -184,7 +202,7 @@ def test_what_is_missing_is_told_before_anything_starts(
     """A traceback out of an import does not tell which package to install."""
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setitem(os.environ, "RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # which is set here, and so taken back
     ladder()
     assert cli.main(["stages", "ladder.yaml", "--out", "out", *flags]) == 1
     assert says in capsys.readouterr().err

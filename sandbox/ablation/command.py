@@ -9,8 +9,9 @@ OUT/report.html      what came of it; report.md and results.json say the same
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ from rich.table import Table
 from sandbox.ablation.plan import PLAN, Ablation, changes, slug
 from sandbox.errors import UserError
 from sandbox.runs import new_run_dir
+from sandbox.stages.command import launcher
 from sandbox.stages.plan import TEST, Job, Ladder, plan
 from sandbox.stages.run import run
 
 PACE = "-pace"  # behind an arm's name: the short run that tells its speed
 PACE_STEPS = 30
+
+Start = Callable[[Sequence[Job], Path], dict[str, str]]  # runs jobs; what failed, and why
 
 
 def ablate(args: argparse.Namespace) -> int:
@@ -36,13 +40,14 @@ def ablate(args: argparse.Namespace) -> int:
         raise UserError(f"--resume: there is no {out}; name the --out of a sweep that was begun")
     if not args.resume and out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {out}: not empty; go on there with --resume, or name another")
+    start = partial(run, at_once=args.jobs, launch=launcher(args))
     print(f"output directory: {out} (to go on there: --out {out} --resume)", flush=True)
 
     ladder = ablation.ladder()
     configs = _resolved(ablation, ladder, out)
-    _finish(run(_before(ladder, out), out, at_once=args.jobs), out)
-    steps = _planned(ablation, ladder, configs, out, at_once=args.jobs)
-    failed = run(plan(ablation.ladder(steps), out), out, at_once=args.jobs)
+    _finish(start(_before(ladder, out), out), out)
+    steps = _planned(ablation, ladder, configs, out, start)
+    failed = start(plan(ablation.ladder(steps), out), out)
 
     from sandbox.ablation.report import write_report
 
@@ -92,8 +97,7 @@ def _planned(
     ladder: Ladder,
     configs: Mapping[str, Mapping[str, Any]],
     out: Path,
-    *,
-    at_once: int,
+    start: Start,
 ) -> dict[str, int]:
     """The steps of each arm: those planned before, or solved from what one costs; told and kept."""
     from sandbox.ablation.cost import measure, resolve, solve
@@ -111,7 +115,7 @@ def _planned(
             continue
         try:
             cost = measure(job.options)
-            pace = _pace(ladder, name, out, at_once) if ablation.budget.match == "wall" else None
+            pace = _pace(ladder, name, out, start) if ablation.budget.match == "wall" else None
             steps = solve(ablation.budget, cost, pace, configs[name]["trainer"]["max_steps"])
         except UserError as error:
             raise UserError(f"{ablation.file}: arms.{name}: {error}") from None
@@ -140,7 +144,7 @@ def _planned(
     return {name: arm["steps"] for name, arm in arms.items()}
 
 
-def _pace(ladder: Ladder, arm: str, out: Path, at_once: int) -> float:
+def _pace(ladder: Ladder, arm: str, out: Path, start: Start) -> float:
     """Seconds that a step of an arm takes here, by a short training of it.
 
     Raises:
@@ -154,7 +158,7 @@ def _pace(ladder: Ladder, arm: str, out: Path, at_once: int) -> float:
         ladder, stages={**ladder.stages, name: short}, arms={name: name}, seeds=ladder.seeds[:1]
     )
     jobs = [job for job in plan(alone, out) if not job.name.endswith(TEST)]
-    _finish(run(jobs, out, at_once=at_once), out)
+    _finish(start(jobs, out), out)
     trained = json.loads((out / alone.run_name(name, alone.seeds[0]) / "run.json").read_text())
     took = trained["sessions"][-1]["trained"]
     return took["seconds"] / took["steps"]

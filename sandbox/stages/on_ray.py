@@ -7,6 +7,7 @@ Ray is an optional package, imported when it is asked for.
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -86,10 +87,25 @@ def _connect() -> None:
     if not address:
         options |= {"include_dashboard": False, "num_cpus": cores(), "object_store_memory": OBJECTS}
     try:
+        if address:
+            _knock(address)
         ray.init(address=address or "local", **options)
     except (OSError, RuntimeError, ValueError) as error:
-        what = f"no Ray answers at RAY_ADDRESS={address}" if address else "Ray did not start"
+        what = "Ray did not start (its files go to RAY_TMPDIR, whose path has to be short)"
+        if address:
+            what = f"no Ray lets us in at RAY_ADDRESS={address} (RAY_AUTH_MODE=token, if it asks)"
         raise UserError(f"--launcher ray: {what}: {error}") from error
+
+
+def _knock(address: str) -> None:
+    """Find out whether anything listens there: Ray itself goes on trying for a quarter of an hour.
+
+    Raises:
+        OSError: nothing does.
+    """
+    host, _, port = address.rpartition("//")[2].rpartition(":")
+    if host and port.isdecimal():  # not a word such as `auto`
+        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
 
 
 def _work(order: Order) -> End:
