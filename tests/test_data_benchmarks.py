@@ -120,6 +120,16 @@ def test_symmetries_are_train_samples_of_their_own(root: Path) -> None:
     assert turned.identity() != plain.identity()
 
 
+def test_limit(root: Path) -> None:
+    """Guards against a limit that cuts before the train folder is split, or cuts views."""
+    task, cut = EasyVQA(str(root)), EasyVQA(str(root), symmetries=True, limit=2)
+    assert [cut.size(split) for split in SPLITS] == [16, min(2, task.size("val")), 2, 0]
+    assert contents(cut, "test") == contents(task, "test")[:2]
+    assert contents(cut, "train")[:2] == contents(task, "train")[:2]
+    with pytest.raises(UserError, match="limit is -1"):
+        EasyVQA(str(root), limit=-1)
+
+
 def test_identity_follows_the_data_and_nothing_else(root: Path, tmp_path: Path) -> None:
     """Guards against a run that claims the same data after a pixel or a label changed."""
     first = EasyVQA(str(root)).identity()

@@ -1,7 +1,7 @@
 """The contract of a task: a pure function from (split, index) to images with questions."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from PIL import Image as PILImage
@@ -11,7 +11,10 @@ Split = Literal["train", "val", "test", "heldout"]
 
 @dataclass(frozen=True)
 class Question:
-    """One question about a sample, its answer, and the question type it is scored under."""
+    """One question about a sample, its answer, and the question type it is scored under.
+
+    The answer is what training spells out; empty where only a benchmark's owner knows it.
+    """
 
     text: str
     answer: str
@@ -19,6 +22,10 @@ class Question:
     # The answers a reader could still give who knows what is *present* in the picture but not
     # what the question binds together; the guess-among-present baseline draws from these.
     present: tuple[str, ...] = ()
+    # What a benchmark knows besides; left out of the representation, which identities hash.
+    answers: tuple[str, ...] = field(default=(), repr=False)  # all that it accepts
+    id: str = field(default="", repr=False)  # its own name for the question
+    choices: tuple[str, ...] = field(default=(), repr=False)  # options of multiple choice
 
 
 @dataclass(frozen=True)

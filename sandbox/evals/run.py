@@ -116,7 +116,7 @@ def evaluate(
                 (index, shown, view)
                 for index in indices
                 for shown in [(index + shift) % samples]
-                if (view := _view(task, split, index, shown, images))
+                if (view := as_shown(task, split, index, shown, images))
             ]
             if not views:
                 continue
@@ -207,6 +207,9 @@ def write_predictions(path: Path, records: Iterable[Record]) -> None:
             fields = asdict(record)
             question = fields.pop("question")
             question["question"] = question.pop("text")
+            for known in ("answers", "id", "choices"):  # to benchmarks alone
+                if not question[known]:
+                    del question[known]
             file.write(json.dumps(fields | question, ensure_ascii=False) + "\n")
 
 
@@ -233,7 +236,7 @@ def _batch(model: VisionLanguageModel, samples: Iterable[Sample], *, name: str) 
     return collate(examples, name=name).to(model.backbone.embed.weight.device)
 
 
-def _view(task: Task, split: Split, index: int, shown: int, images: Images) -> Sample | None:
+def as_shown(task: Task, split: Split, index: int, shown: int, images: Images) -> Sample | None:
     """The sample at ``index`` with the images that the model gets to see; None where it has none.
 
     Labels stay with the question, which may name them, unless the numbers of images differ.
@@ -277,19 +280,28 @@ def reorder(count: int, content: str) -> list[int] | None:
 
 
 def _shift(task: Task, split: Split, samples: int) -> int:
-    """The least distance by which rolling the images gives each sample one of another content."""
-    contents = [task.sample(split, index).content for index in range(samples)]
-    for shift in range(1, samples):
-        rolled = contents[shift:] + contents[:shift]
-        if all(own != other for own, other in zip(contents, rolled, strict=True)):
-            return shift
+    shift = exchange([task.sample(split, index).content for index in range(samples)])
+    if shift is not None:
+        return shift
     raise UserError(
         f"the images of {samples} samples of the split '{split}' cannot be shuffled so that each "
         "shows something else: evaluate more samples"
     )
 
 
+def exchange(contents: Sequence[str]) -> int | None:
+    """The least distance by which rolling the images gives each sample one of another content.
+
+    None where no distance does.
+    """
+    for shift in range(1, len(contents)):
+        rolled = [*contents[shift:], *contents[:shift]]
+        if all(own != other for own, other in zip(contents, rolled, strict=True)):
+            return shift
+    return None
+
+
 def _prompt(task: Task, record: Record) -> Prompt:
-    view = _view(task, record.split, record.index, record.shown, record.images)
+    view = as_shown(task, record.split, record.index, record.shown, record.images)
     assert view is not None  # the record is of it
     return Prompt([Turn("user", [*context(view), record.question.text])])

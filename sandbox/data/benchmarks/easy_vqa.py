@@ -1,16 +1,16 @@
-"""Published benchmarks, read from their official files."""
+"""easy-VQA, from its official folder."""
 
-import json
 import re
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 from PIL import Image as PILImage
 
+from sandbox.data.benchmarks.base import check_limit
+from sandbox.data.benchmarks.records import read_bytes, read_list
 from sandbox.data.media import load_image
 from sandbox.data.task import Question, Sample, Split, Task
 from sandbox.errors import UserError
@@ -49,15 +49,17 @@ class EasyVQA(Task):
         symmetries: train also on turned and mirrored images, each of the eight symmetries of a
             square as a sample of its own. No question asks where or which way up anything is, so
             all answers stay true.
+        limit: the first so many images of each split; None = all.
 
     Raises:
         UserError: a file is missing, cut short or malformed; the message names file and record.
     """
 
-    def __init__(self, root: str, symmetries: bool = False) -> None:
+    def __init__(self, root: str, symmetries: bool = False, limit: int | None = None) -> None:
+        check_limit(limit)
         folder = Path(root)
         self._train_views = SYMMETRIES if symmetries else SYMMETRIES[:1]
-        answers = _read(folder / "answers.txt").decode(errors="replace").split()
+        answers = read_bytes(folder / "answers.txt").decode(errors="replace").split()
         official = _easy_vqa_items(folder / "train", answers)
         test = _easy_vqa_items(folder / "test", answers)
         tested = {item.content for item in test}
@@ -68,9 +70,9 @@ class EasyVQA(Task):
                 f"easy-VQA: {dropped} train images dropped, test has them too", stacklevel=2
             )
         self._items: dict[Split, list[_Item]] = {
-            "train": [item for item in kept if not item.is_val],
-            "val": [item for item in kept if item.is_val],
-            "test": test,
+            "train": [item for item in kept if not item.is_val][:limit],
+            "val": [item for item in kept if item.is_val][:limit],
+            "test": test[:limit],
             "heldout": [],
         }
 
@@ -110,7 +112,7 @@ def _easy_vqa_items(folder: Path, answers: list[str]) -> list[_Item]:
     """The images of one of easy-VQA's folders in the order of their numbers."""
     path = folder / "questions.json"
     by_image = defaultdict[int, list[Question]](list)
-    for number, record in enumerate(_read_records(path)):
+    for number, record in enumerate(read_list(path)):
         match record:
             case [str(text), str(answer), int(image)]:
                 pass
@@ -128,7 +130,7 @@ def _easy_vqa_items(folder: Path, answers: list[str]) -> list[_Item]:
     items = []
     for image, questions in sorted(by_image.items()):
         file = folder / "images" / f"{image}.png"
-        items.append(_Item(file, tuple(questions), _hash(_read(file))))
+        items.append(_Item(file, tuple(questions), _hash(read_bytes(file))))
     return items
 
 
@@ -137,35 +139,6 @@ def _easy_vqa_kind(text: str, answer: str) -> str:
     if answer in ("yes", "no"):
         return "absence" if re.search(r"\b(no|not)\b", text) else "presence"
     return "color" if "color" in text else "shape"
-
-
-def _read(path: Path) -> bytes:
-    """The bytes of a file that the benchmark needs.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror}; point the task's root at the complete official files"
-        ) from None
-
-
-def _read_records(path: Path) -> list[Any]:
-    """The records of a JSON file that holds a list.
-
-    Raises:
-        UserError: it cannot be read, is cut short or holds something else.
-    """
-    try:
-        records = json.loads(_read(path))
-    except ValueError as error:
-        raise UserError(f"{path}: no complete JSON ({error}); fetch the file again") from None
-    if not isinstance(records, list):
-        raise UserError(f"{path}: expected a list of records, got a {type(records).__name__}")
-    return records
 
 
 def _hash(data: bytes) -> str:
