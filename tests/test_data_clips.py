@@ -111,6 +111,18 @@ def test_no_single_frame_tells(frames):
         assert max(ways.values()) / ways.total() < 0.25 + 5 * (0.1875 / ways.total()) ** 0.5 + 0.02
 
 
+@pytest.mark.parametrize("objects", [[1], [3], [1, 2, 3, 4]])
+def test_clips_have_as_many_objects_as_said(objects):
+    """Guards against two objects that one word names, and against a number that never comes."""
+    task, numbers = Clips(objects=objects), set()
+    for split in ("train", "heldout"):
+        for index in range(40):
+            names = [name.split() for name in read(task.sample(split, index).images)]
+            numbers.add(len(names))
+            assert all(len(set(words)) == len(names) for words in zip(*names, strict=True))
+    assert numbers == {*objects}
+
+
 def test_a_sample_depends_on_nothing_but_arguments_split_and_index():
     """Guards against state that leaks between samples: workers and resumed runs would differ."""
     one, two = Clips(), Clips()
@@ -124,8 +136,8 @@ def test_a_sample_depends_on_nothing_but_arguments_split_and_index():
 def test_default_clips_are_the_same_everywhere():
     """Guards against a change of pixels, wording or order without a new VERSION."""
     samples = [Clips().sample("train", 0), Clips().sample("test", 7)]
-    assert clips.VERSION == 1, "write the new digests here"
-    assert [digest(sample) for sample in samples] == ["7dce849cf6be90fd", "6188cb862a859caf"]
+    assert clips.VERSION == 2, "write the new digests here"
+    assert [digest(sample) for sample in samples] == ["320da09423d74499", "d0375a0d483fe560"]
 
 
 def test_splits_share_no_content_whatever_the_seed():
@@ -264,6 +276,9 @@ def test_questions_are_distinct_and_as_many_as_asked_for():
         ({"size": 28}, "size >= 32"),
         ({"frames": 3}, "frames >= 4"),
         ({"questions_per_sample": 0}, "questions_per_sample >= 1"),
+        ({"objects": []}, "a clip has 1 to 4 of them"),
+        ({"objects": [2, 5]}, "a clip has 1 to 4 of them"),
+        ({"objects": [1], "questions": ["order"]}, "one object has no order"),
     ],
 )
 def test_arguments_that_cannot_be_meant_are_refused(arguments, message):
@@ -280,6 +295,7 @@ def test_identity_changes_with_every_argument():
         Clips(frames=5),
         Clips(questions=["order"]),
         Clips(questions_per_sample=7),
+        Clips(objects=[2, 3]),
         Clips(seed=1),
     ]
     assert len({task.identity() for task in tasks}) == len(tasks)

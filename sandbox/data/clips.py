@@ -14,7 +14,7 @@ from sandbox.data.shapes import stencil
 from sandbox.data.task import Question, Sample, Split, Task
 from sandbox.errors import UserError
 
-VERSION = 1  # raise it when the same arguments draw or ask something else
+VERSION = 2  # raise it when the same arguments draw or ask something else
 
 CELLS = 4  # a side
 ACROSS = 2  # cells that an object goes: from one half of the frame to the other
@@ -47,7 +47,7 @@ class Actor(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What questions call it; no two objects of a clip share it."""
+        """What questions call it."""
         return f"{self.color} {self.shape}"
 
     @property
@@ -128,7 +128,10 @@ def _random_actors(
 ) -> list[Actor]:
     """As many objects as a count says, never two in one cell, and of several never all at once."""
     count = rng.choice(counts)
-    pairs = rng.sample(ALLOWED, count - heldout) + rng.sample(BANNED, int(heldout))
+    while True:
+        pairs = rng.sample(ALLOWED, count - heldout) + rng.sample(BANNED, int(heldout))
+        if all(len(set(names)) == count for names in zip(*pairs, strict=True)):
+            break  # no shape twice, and no colour
     while True:
         actors = []
         for pair in pairs:
@@ -188,8 +191,9 @@ class Clips(Task):
 
     Each object is on stage for some frames in a row, first in one half of the picture and then in
     the other. Where it stands in one frame does not tell which way it goes: it may be about to
-    leave that half, or just have come. At most two objects are on stage at once, and never all of a
-    clip, so no single frame tells how many there are.
+    leave that half, or just have come. At most two objects are on stage at once, and never all of
+    several, so no single frame tells how many there are. No two objects of a clip share a shape or
+    a colour: what is asked is what happens, not who is who.
 
     Question types: ``place`` ("Where does the red circle first appear?", "... last stand?" "top
     left"), ``direction`` ("Which way does the red circle move?"), ``order`` ("Which appears
