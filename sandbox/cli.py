@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from sandbox import arguments
 from sandbox.errors import UserError, fail
+from sandbox.evals.command import add_evaluate
 from sandbox.evals.score import add_score
 from sandbox.stages.command import add_launcher, add_stages
 
@@ -175,6 +176,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     curated.set_defaults(handler=_curate)
 
+    add_evaluate(commands)
     add_score(commands)
 
     params = commands.add_parser("params", help="a preset's parameters, memory and KV cache")

@@ -178,7 +178,7 @@ def test_every_module_imports_without_the_optional_packages() -> None:
     """decord has no wheels for ARM and macOS, and users lack what only developers install."""
     script = (
         "import importlib, sys\n"
-        "for optional in ('av', 'decord', 'open_clip', 'pytest', 'tiktoken'):\n"
+        "for optional in ('av', 'decord', 'open_clip', 'pyarrow', 'pytest', 'ray', 'tiktoken'):\n"
         "    sys.modules[optional] = None\n"
         f"for module in {sorted(MODULES)}: importlib.import_module(module)\n"
     )
@@ -194,7 +194,7 @@ def test_fragile_packages_are_imported_inside_functions(path: Path) -> None:
         n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)
     ]
     lines = [ast.unparse(node) for node in top]
-    fragile = r"\b(torchvision|transformers|open_clip|decord|av)\b"
+    fragile = r"\b(torchvision|transformers|open_clip|decord|av|pyarrow|ray)\b"
     assert not [line for line in lines if re.search(fragile, line)]
 
 

@@ -321,9 +321,7 @@ def _bootstrap(
     means = []
     for start in range(0, draws, CHUNK):
         size = min(CHUNK, draws - start)
-        # How often each draw has each image: one count over all of them, draw after draw.
-        drawn = rng.integers(images, size=(size, images)) + images * np.arange(size)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=size * images).reshape(size, images)
+        times = draw_images(rng, images, size)
         with np.errstate(invalid="ignore"):
             by_seed = (times @ gained.T) / (times @ asked.T)  # [draws, seeds]
         chosen = rng.integers(seeds, size=(size, seeds))
@@ -331,6 +329,13 @@ def _bootstrap(
     # Seeds with images of their own may come up without any of them: such a draw says nothing.
     low, high = np.nanquantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def draw_images(rng: np.random.Generator, images: int, draws: int) -> np.ndarray:
+    """How often each draw of as many images as there are has each: int64 ``[draws, images]``."""
+    # One count over all of them, draw after draw.
+    drawn = rng.integers(images, size=(draws, images)) + images * np.arange(draws)[:, None]
+    return np.bincount(drawn.ravel(), minlength=draws * images).reshape(draws, images)
 
 
 def _check(ours: Answers, theirs: Answers) -> None:
