@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +18,14 @@ from sandbox.data.charts import Charts
 from tests.sweeps import ARMS, FLOPS, STEPS, TASK, write_json, write_sweep
 
 VOID = {"meta", "link", "img", "br", "polyline", "polygon"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """Spare the 0.1 s that statsmodels' Holm takes at every call: it collects garbage."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("gc.collect", lambda: 0)
+        yield
 
 
 @pytest.fixture(scope="module")

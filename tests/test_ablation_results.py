@@ -1,6 +1,7 @@
 """Reading a sweep: what counts, which seeds are compared, and what is missing."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,14 @@ from sandbox.errors import UserError
 from tests.sweeps import STEPS, write_json, write_sweep
 
 RATES = {"early": 0.9, "cross-attention": 0.3, "linear": 0.9}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """Spare the 0.1 s that statsmodels' Holm takes at every call: it collects garbage."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("gc.collect", lambda: 0)
+        yield
 
 
 @pytest.fixture
