@@ -120,6 +120,20 @@ def test_symmetries_are_train_samples_of_their_own(root: Path) -> None:
     assert turned.identity() != plain.identity()
 
 
+def test_questions_alone_open_no_image(root: Path) -> None:
+    """Guards against questions of another image than the sample's, turned ones included, and
+    against a majority that costs the decoding of a whole train split.
+    """
+    task = EasyVQA(str(root), symmetries=True)
+    size = task.size("train")
+    asked = [task.sample("train", index).questions for index in range(size)]
+    for image in root.glob("*/images/*.png"):
+        image.unlink()
+    assert [task.questions_of("train", index) for index in range(size)] == asked
+    with pytest.raises(IndexError, match="easy-VQA train holds"):
+        task.questions_of("train", size)
+
+
 def test_limit(root: Path) -> None:
     """Guards against a limit that cuts before the train folder is split, or cuts views."""
     task, cut = EasyVQA(str(root)), EasyVQA(str(root), symmetries=True, limit=2)

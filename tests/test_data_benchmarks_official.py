@@ -440,3 +440,18 @@ def test_real_charts() -> None:
     assert Counter(q.kind for q in questions) == {"human": 144, "augmented": 110}
     assert len({q.id for q in questions}) == len(questions)
     assert all(q.answers == (q.answer,) for q in questions)
+
+
+def test_questions_alone_open_no_image(chartqa: Path) -> None:
+    """Guards against questions of another image than the sample's, and against a control without
+    images that reads them all.
+    """
+    task = ChartQA(str(chartqa))
+    asked = [task.sample("test", index).questions for index in range(3)]
+    for image in chartqa.glob("test/png/*.png"):
+        image.unlink()
+    assert [task.questions_of("test", index) for index in range(3)] == asked
+    with pytest.raises(IndexError, match="no 3"):
+        task.questions_of("test", 3)
+    with pytest.raises(UserError, match="no val split"):
+        task.questions_of("val", 0)

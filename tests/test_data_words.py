@@ -113,3 +113,16 @@ def test_identities_tell_the_views_apart():
     assert len(views) == 3
     assert InWords(Charts(seed=1)).identity() != InWords(Charts()).identity()
     assert InWords(task, share=0.5).identity() != InWords(task).identity()
+
+
+@pytest.mark.parametrize("view", [InWords, Described])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_questions_alone_are_those_of_the_sample(
+    view: type[InWords] | type[Described], split: Split
+):
+    """Guards against a majority of other questions than those that are asked: a caption that is
+    left out, or told where no training is.
+    """
+    task = view(Charts(size=32))
+    for index in range(4):
+        assert task.questions_of(split, index) == task.sample(split, index).questions

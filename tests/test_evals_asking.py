@@ -3,15 +3,21 @@
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fusion.base import Fusion
+from fusion.cross_attention import CrossAttention
+from fusion.early import EarlyFusion
+from sandbox.data.task import Question, Sample, Split
 from sandbox.errors import UserError
 from sandbox.evals import asking
 from sandbox.evals.answering import Ask, Reply, answer
 from sandbox.evals.benchmark import evaluate_benchmark
 from sandbox.evals.predictions import read_predictions
+from sandbox.evals.progress import Meter
 from sandbox.model import VisionLanguageModel
 from tests.asked import Colours, mixture
 
@@ -140,3 +146,51 @@ def test_a_damaged_line_is_named(model: VisionLanguageModel, whole: Path, tmp_pa
     (out / "predictions.jsonl").write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match=r"predictions\.jsonl, line 3"):
         evaluate_benchmark(model, Colours(), out=out, resume=True, **SETTINGS)
+
+
+@pytest.mark.parametrize("fusion", [EarlyFusion, CrossAttention])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_without_images_none_is_opened(
+    fusion: type[Fusion], resumed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a control without images that decodes them all, in one go or resumed, and
+    against one that puts questions of samples which had no image to begin with.
+    """
+    passes, opened = list[str](), set[str]()
+    begin = Meter.start
+
+    def start(self: Meter, name: str, total: int, done: int) -> None:
+        passes.append(name)
+        begin(self, name, total=total, done=done)
+
+    class Some(Colours):
+        """Every third sample is told in words; questions are known without images."""
+
+        def sample(self, split: Split, index: int) -> Sample:
+            opened.update(passes[-1:])
+            sample = super().sample(split, index)
+            return sample if index % 3 else replace(sample, images=(), text="It is dark.")
+
+        def questions_of(self, split: Split, index: int) -> tuple[Question, ...]:
+            return super().sample(split, index).questions
+
+    model = mixture(fusion)
+    evaluate_benchmark(model, Some(), out=tmp_path, **SETTINGS)
+    path = tmp_path / "predictions.jsonl"
+    before = path.read_bytes()
+    if resumed:  # killed in the pass without images
+        own = before.count(b'"images": "own"')
+        path.write_bytes(b"".join(before.splitlines(keepends=True)[: own + 1]))
+    monkeypatch.setattr(Meter, "start", start)
+    results = evaluate_benchmark(
+        model, Some(), out=tmp_path if resumed else None, resume=resumed, **SETTINGS
+    )
+    assert set(asking.PASSES.values()) == set(passes)
+    assert asking.PASSES["none"] not in opened
+    unseen = results.controls["no_image"]
+    asked = [(p.index, p.number, p.content, p.question) for p in results.predictions]
+    assert [(p.index, p.number, p.content, p.question) for p in unseen] == [
+        each for each in asked if each[0] % 3
+    ]
+    assert not any("<|image" in p.prompt for p in unseen)
+    assert path.read_bytes() == before

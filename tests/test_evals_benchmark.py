@@ -1,11 +1,13 @@
 """`sandbox evaluate`: the same whatever happens on the way, and worth what it says."""
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from PIL import Image as PILImage
+from rich.console import Console
 
 from sandbox.checkpoint import save_model
 from sandbox.cli import main
@@ -97,6 +99,9 @@ def test_a_control_that_cannot_be_had_is_told(
     assert "exchanged" in told
     assert "train" in told
     assert results.summary["interval_95"] is None, "one image says nothing of others"
+    console = Console(file=io.StringIO(), width=100)
+    console.print(results.table())
+    assert console.file.getvalue().split()[-2:] == ["-", "1"], "majority, number of questions"
 
 
 def test_intervals_are_over_images() -> None:

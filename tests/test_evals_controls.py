@@ -19,7 +19,7 @@ from sandbox.backbone.config import BackboneConfig
 from sandbox.data.charts import Charts
 from sandbox.data.clips import Clips
 from sandbox.data.pictures import Pictures
-from sandbox.data.task import Question, Task
+from sandbox.data.task import Question, Sample, Split, Task
 from sandbox.data.words import InWords
 from sandbox.evals import controls
 from sandbox.evals.controls import Blind, Controls, Results, inside, scores, table
@@ -77,6 +77,17 @@ def test_scores_of_a_task_without():
     assert "heldout_combination_accuracy" not in summary["intervals"]
     assert summary["by_question"]["color"]["heldout"] is None
     assert "-" in printed(summary)
+
+
+def test_scores_where_nothing_was_learned():
+    """Guards against a crash, or a majority of 0, where a benchmark has no train split."""
+    found = results(heldout=False)
+    summary = scores(found, Blind.of([], found.asked))
+    assert summary["blind_majority_accuracy"] is None
+    assert [kind["majority"] for kind in summary["by_question"].values()] == [None, None]
+    assert summary["guess_among_present_accuracy"] == 0.5, "the other baseline needs no training"
+    rows = [line.split() for line in printed(summary).splitlines()]
+    assert [row[-2] for row in rows if row and row[-1].isdigit()] == ["-"] * 3
 
 
 @pytest.mark.parametrize("control", ["reordered", "no_image"])
@@ -203,3 +214,30 @@ def test_a_test_stores_its_controls(
     assert len(unseen) == sees * summary["questions"]
     if sees:
         assert summary["no_image_accuracy"] == sum(unseen) / len(unseen)
+
+
+@pytest.mark.parametrize("train", [0, 2])
+def test_a_majority_opens_no_image(
+    train: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Guards against `sandbox test` that has evaluated a benchmark without a train split and then
+    crashes, and against one that decodes the train split for questions alone.
+    """
+    task = Charts(size=32)
+    learned = {index: task.sample("train", index).questions for index in range(train)}
+    sample = task.sample
+
+    def of_test(split: Split, index: int) -> Sample:
+        assert split == "test"
+        return sample(split, index)
+
+    monkeypatch.setattr(task, "size", lambda split: {"train": train, "test": 4}.get(split, 0))
+    monkeypatch.setattr(task, "sample", of_test)
+    monkeypatch.setattr(task, "questions_of", lambda split, index: learned[index])
+    data = SimpleNamespace(task=task, size=task.size)
+    trainer = SimpleNamespace(is_global_zero=True, datamodule=data, default_root_dir=tmp_path)
+    Controls().on_test_end(trainer, SimpleNamespace(model=toy(EarlyFusion, 0)))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["blind_majority_accuracy"] is None) == (not train)
+    assert summary["shuffled_image_accuracy"] is not None
+    assert "majority" in capsys.readouterr().out

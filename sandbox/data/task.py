@@ -73,6 +73,16 @@ class Task(ABC):
             IndexError: index is not below a finite size.
         """
 
+    def questions_of(self, split: Split, index: int) -> tuple[Question, ...]:
+        """The questions of the sample at ``index``, for who does not need its images.
+
+        A task that knows them without drawing or decoding anything overrides this.
+
+        Raises:
+            IndexError: index is not below a finite size.
+        """
+        return self.sample(split, index).questions
+
     @abstractmethod
     def identity(self) -> str:
         """A short hash that changes when the data does; stored with every run."""

@@ -35,6 +35,10 @@ class _View(Task):
         """As many as the task has."""
         return self.task.size(split)
 
+    def questions_of(self, split: Split, index: int) -> tuple[Question, ...]:
+        """Those that the task asks."""
+        return self.task.questions_of(split, index)
+
     def identity(self) -> str:
         """A short hash of the task's, and of the way."""
         return fingerprint(type(self).__name__, REQUEST, self.task.identity())
@@ -104,3 +108,16 @@ class Described(_View):
             return sample
         caption = Question(REQUEST, words_of(sample), "caption")
         return replace(sample, questions=(caption, *sample.questions))
+
+    def questions_of(self, split: Split, index: int) -> tuple[Question, ...]:
+        """Those that the task asks and, where it is for training, what the images show.
+
+        Raises:
+            UserError: it has no text.
+        """
+        # Only the sample itself tells the answer to the further one.
+        return (
+            self.sample(split, index).questions
+            if split == "train"
+            else super().questions_of(split, index)
+        )

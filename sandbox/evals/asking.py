@@ -3,10 +3,11 @@
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
-from sandbox.data.task import Question, Split, Task
+from fusion.layout import IMAGE
+from sandbox.data.task import Question, Sample, Split, Task
 from sandbox.evals.answering import Ask, Prefix, answer, groups
 from sandbox.evals.judging import Judge
 from sandbox.evals.predictions import Prediction, PredictionFile
@@ -51,6 +52,8 @@ class Asking:
         file: predictions on disk, if they are kept there.
         meter: is told how far it is.
         group: number of the next group to be computed.
+        pictured: by index, the hash of what is shown in each sample that has images and questions.
+            The pass over own images finds out, so that the one without need not open any.
     """
 
     model: VisionLanguageModel
@@ -62,6 +65,7 @@ class Asking:
     file: PredictionFile | None
     meter: Meter
     group: int = 0
+    pictured: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.file and self.file.kept:
@@ -71,7 +75,7 @@ class Asking:
         """One pass: the predictions that are there already, and then all others.
 
         Args:
-            images: what the model sees.
+            images: what the model sees; ``none`` only after ``own``.
             pairs: each sample's index, and that of the sample whose images are shown.
         """
         found = [p for p in self.file.kept if p.images == images] if self.file else []
@@ -90,6 +94,8 @@ class Asking:
             found += new
             self.group += 1
             self.meter.advance(place[new[-1].index] + 1, len(new))
+        if images == "own":  # every fusion marks an image in the prompt, by at least this token
+            self.pictured = {p.index: p.content for p in found if IMAGE in p.prompt}
         return found
 
     def _asked(
@@ -98,7 +104,7 @@ class Asking:
         """The questions from one on: number ``question`` of sample ``first`` of the pairs."""
         prompts = self.model.prompts
         for place, (index, shown) in enumerate(pairs[first:], start=first):
-            view = as_shown(self.task, self.split, index, shown, images)
+            view = self._view(images, index, shown)
             if view is None:
                 continue
             prefix = Prefix.of(prompts, view)
@@ -107,6 +113,11 @@ class Asking:
                     ask = Ask.of(prompts, prefix, self.judge.text(each))
                     prompt = ask.text(prompts)
                     yield _Asked(index, number, shown, view.content, each, ask, prompt)
+
+    def _view(self, images: Images, index: int, shown: int) -> Sample | None:
+        if images != "none":
+            return as_shown(self.task, self.split, index, shown, images)
+        return Sample((), self.task.questions_of(self.split, index), self.pictured[index])
 
     def _judged(self, asked: _Asked, images: Images, reply: str, confidence: float) -> Prediction:
         question = asked.question

@@ -5,7 +5,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -135,7 +135,7 @@ def evaluate_benchmark(
             if not own:
                 raise UserError(f"the split '{split}' holds no question")
             known_answers = all(each.targets for each in own)
-            others, notes = _controls(begun, own) if controls and known_answers else ({}, [])
+            others, notes = _controls(begun) if controls and known_answers else ({}, [])
     finally:
         if file:
             file.close()
@@ -215,17 +215,13 @@ def _loaded(
     return model, {"path": None, "sha256": told.hexdigest()}
 
 
-def _controls(
-    begun: Asking, own: Sequence[Prediction]
-) -> tuple[dict[str, list[Prediction]], list[str]]:
+def _controls(begun: Asking) -> tuple[dict[str, list[Prediction]], list[str]]:
     """The passes without the right images, and why one is missing."""
-    content = {each.index: each.content for each in own}
-    unseen = begun.answer_all("none", [(index, index) for index in content])
-    pictured = list(dict.fromkeys(each.index for each in unseen))
+    pictured = list(begun.pictured)
     if not pictured:
         return {}, ["no question is about an image: there are no controls without the right one"]
-    found = {"no_image": unseen}
-    shift = exchange([content[index] for index in pictured])
+    found = {"no_image": begun.answer_all("none", [(index, index) for index in pictured])}
+    shift = exchange(list(begun.pictured.values()))
     if shift is None:
         return found, ["the images are too few, or too much alike, to be exchanged"]
     rolled = pictured[shift:] + pictured[:shift]
@@ -250,7 +246,7 @@ def _learned(
             return [], [f"{without}{error}"]
     size = source.size("train")
     learned = range(LEARNED if size is None else min(size, LEARNED))
-    asked = [q for i in learned for q in source.sample("train", i).questions if q.answer]
+    asked = [q for i in learned for q in source.questions_of("train", i) if q.answer]
     if not asked:
         return [], [f"{without}there is no train split with answers"]
     cut = size is None or size > LEARNED

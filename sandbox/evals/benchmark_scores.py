@@ -153,10 +153,11 @@ def majority(
 
 
 def table(summary: Mapping[str, Any]) -> Table:
-    """A summary for people: a row for each question type, a column for each control."""
-    controls = {
-        name: found for name, found in summary["controls"].items() if "score" in (found or {})
-    }
+    """A summary for people: a row for each question type, a column for each control.
+
+    A control that could not be had is told as "-"; the summary's notes say why.
+    """
+    controls = summary["controls"]
     names = [name.replace("_", " ") for name in controls]
     drawn = Table("questions", "score", "95% interval", *names, "n", box=box.SIMPLE_HEAD)
 
@@ -164,7 +165,8 @@ def table(summary: Mapping[str, Any]) -> Table:
         low_high = part["interval_95"]
         interval = f"{low_high[0]:.3f}-{low_high[1]:.3f}" if low_high else "-"
         values = (
-            f"{v:.3f}" if (v := of(found)) is not None else "-" for found in controls.values()
+            f"{v:.3f}" if found and (v := of(found)) is not None else "-"
+            for found in controls.values()
         )
         drawn.add_row(name, f"{part['score']:.3f}", interval, *values, f"{n:,}")
 

@@ -42,11 +42,12 @@ class Blind:
     """What is right without seeing.
 
     Attributes:
-        majority, majority_by_kind: the commonest answer of the training questions, by wording.
+        majority, majority_by_kind: the commonest answer of the training questions, by wording;
+            None, and none for any question type, where there was nothing to train on.
         guess_among_present: a guess among what the picture holds; None where no question tells.
     """
 
-    majority: float
+    majority: float | None
     majority_by_kind: dict[str, float]
     guess_among_present: float | None
 
@@ -55,8 +56,8 @@ class Blind:
         """The baselines on the questions ``asked``, after training on those ``learned``."""
         learned = list(learned)
         return cls(
-            majority_baseline(learned, asked),
-            majority_baseline_by_kind(learned, asked),
+            majority_baseline(learned, asked) if learned else None,
+            majority_baseline_by_kind(learned, asked) if learned else {},
             guess_among_present(asked) if any(question.present for question in asked) else None,
         )
 
@@ -153,7 +154,7 @@ def scores(results: Results, blind: Blind) -> dict[str, Any]:
                 if heldout and kind in heldout.by_kind
                 else None,
                 "shuffled": shuffled.by_kind[kind].accuracy,
-                "majority": blind.majority_by_kind[kind],
+                "majority": blind.majority_by_kind.get(kind),
                 "n": score.n,
             }
             for kind, score in own.by_kind.items()
@@ -212,9 +213,7 @@ class Controls(Callback):
         results = Results.of(driven.model, task, self.samples or data.size("test"))
         size = task.size("train")
         learned = range(LEARNED if size is None else size)
-        blind = Blind.of(
-            (q for i in learned for q in task.sample("train", i).questions), results.asked
-        )
+        blind = Blind.of((q for i in learned for q in task.questions_of("train", i)), results.asked)
         summary = scores(results, blind) | {"inside": inside(driven.model, task)}
         out = Path(trainer.default_root_dir)
         write_predictions(out / PREDICTIONS, results.records)

@@ -146,22 +146,23 @@ def write_report(path: Path, facts: Facts) -> None:
     path.write_text(page, encoding="utf-8")
 
 
-def verdict(own: Score, shuffled: Score, majority: float) -> str:
+def verdict(own: Score, shuffled: Score, majority: float | None) -> str:
     """Whether the model looks at its pictures, in one sentence that the scores bear out."""
-    if own.low <= max(shuffled.high, majority):
+    blind = majority or 0.0
+    if own.low <= max(shuffled.high, blind):
         return "It does not look at the picture yet."
-    if own.accuracy - max(shuffled.accuracy, majority) < CLEARLY:
+    if own.accuracy - max(shuffled.accuracy, blind) < CLEARLY:
         return "It has begun to look at the picture."
     return "It looks at the picture."
 
 
-def percent(share: float) -> str:
-    """A share for people.
+def percent(share: float | None) -> str:
+    """A share for people, if there is one.
 
-    >>> percent(0.957)
-    '96%'
+    >>> percent(0.957), percent(None)
+    ('96%', '-')
     """
-    return f"{share:.0%}"
+    return "-" if share is None else f"{share:.0%}"
 
 
 def interval(score: Score) -> str:

@@ -79,17 +79,29 @@ class Benchmark(Task):
             UserError: the split is not there.
             MediaError: an image cannot be read or decoded.
         """
-        if split in OFFICIAL:
-            require(self._where, self._items, split)
-        if not 0 <= index < self.size(split):
-            raise IndexError(f"{self._where}, {split}: {self.size(split)} samples, and no {index}")
-        item = self._items[split][index]
+        item = self._item(split, index)
         content, pictures = blake2b(digest_size=8), []
         for image in item.images:
             data = image.read()
             content.update(data)
             pictures.append(decode_image(f"image {image.where}", BytesIO(data)))
         return Sample(tuple(pictures), item.questions, content.hexdigest())
+
+    def questions_of(self, split: Split, index: int) -> tuple[Question, ...]:
+        """All questions about the images at ``index`` of ``split``, which are not read.
+
+        Raises:
+            IndexError: the split holds fewer.
+            UserError: the split is not there.
+        """
+        return self._item(split, index).questions
+
+    def _item(self, split: Split, index: int) -> Item:
+        if split in OFFICIAL:
+            require(self._where, self._items, split)
+        if not 0 <= index < self.size(split):
+            raise IndexError(f"{self._where}, {split}: {self.size(split)} samples, and no {index}")
+        return self._items[split][index]
 
     def identity(self) -> str:
         """A short hash of all questions, answers, ids and splits, and what tells images apart.

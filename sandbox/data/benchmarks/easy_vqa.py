@@ -85,16 +85,23 @@ class EasyVQA(Task):
 
         With ``symmetries``, the whole train folder is gone through in one view after another.
         """
-        if not 0 <= index < self.size(split):
-            raise IndexError(f"easy-VQA {split} holds {self.size(split)} images, not {index}")
-        view, place = divmod(index, len(self._items[split]))
-        item = self._items[split][place]
+        item, turn = self._item(split, index)
         # Decoding takes 0.1 ms, so nothing is kept in memory.
         image = load_image(item.image)
-        turn = self._views(split)[view]
         return Sample(
             (image if turn is None else image.transpose(turn),), item.questions, item.content
         )
+
+    def questions_of(self, split: Split, index: int) -> tuple[Question, ...]:
+        """The questions about the image at ``index`` of ``split``, which is not decoded."""
+        return self._item(split, index)[0].questions
+
+    def _item(self, split: Split, index: int) -> tuple[_Item, PILImage.Transpose | None]:
+        """The image at ``index`` of ``split``, and how it is turned."""
+        if not 0 <= index < self.size(split):
+            raise IndexError(f"easy-VQA {split} holds {self.size(split)} images, not {index}")
+        view, place = divmod(index, len(self._items[split]))
+        return self._items[split][place], self._views(split)[view]
 
     def _views(self, split: Split) -> tuple[PILImage.Transpose | None, ...]:
         return self._train_views if split == "train" else SYMMETRIES[:1]
