@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sandbox.backbone import causal
-from sandbox.backbone.attention import visible
+from sandbox.backbone.attention import Coordinates, visible
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_output_and_gradients_are_those_of_a_plain_softmax(
 
     wide_k, wide_v = (x.repeat_interleave(H // G, dim=2) for x in (k, v))
     zeros = torch.zeros(1, T, dtype=torch.int64)
-    places = (torch.arange(T)[None], zeros, zeros)
+    places = Coordinates(torch.arange(T)[None], zeros, zeros, zeros)
     logits = torch.einsum("bqhk,bthk->bhqt", q, wide_k) * K**-0.5
     weights = logits.masked_fill(~visible(places, places, None), -torch.inf).softmax(dim=-1)
     expected = torch.einsum("bhqt,bthk->bqhk", weights, wide_v)

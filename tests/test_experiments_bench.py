@@ -25,7 +25,7 @@ from experiments.bench_models import (
 )
 from experiments.bench_report import digits, quantity
 from experiments.bench_whole import decode_bytes
-from sandbox.backbone.attention import visible
+from sandbox.backbone.attention import Coordinates, visible
 from sandbox.backbone.transformer import Backbone
 
 CPU = torch.device("cpu")
@@ -131,7 +131,7 @@ def test_matmul_flops_are_those_of_the_step():
     linear = sum(n for op, n in operations.items() if "attention" not in str(op))
     place = torch.arange(T)
     zeros = torch.zeros_like(place)
-    row = (place, zeros, zeros)
+    row = Coordinates(place, zeros, zeros, zeros)
     pairs = sum(
         int(visible(row, row, config.chunk if config.uses_rope(layer) else None).sum())
         for layer in range(config.layers)
