@@ -78,8 +78,8 @@ class MetaCLIP(VisionEncoder):
         heads: attention heads.
         mlp_ratio: hidden width of the MLPs over ``width``.
         position_std: standard deviation of the positions that random weights start with. None
-            takes CLIP's ``width ** -0.5``: a tenth of a white patch at a width of 96, so faint that
-            a small model does not learn in minutes where anything is (experiments/LOG.md).
+            takes CLIP's ``width ** -0.5``: at a width of 96, a tenth of what a white patch gives
+            (experiments/LOG.md has what that costs).
 
     Raises:
         ValueError: the model is unknown or no plain vision transformer, the sizes do not fit each

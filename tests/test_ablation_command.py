@@ -19,7 +19,7 @@ ABLATION: dict[str, Any] = {
     "question": "Does cross-attention see?",
     "base": "tiny.yaml",
     "baseline": "early",
-    "seeds": [0, 1],
+    "seeds": [0],
     "budget": {"match": "flops", "amount": 6e8},
     "metrics": ["accuracy", "heldout"],
     "set": {"data.init_args.task.init_args.seed": "{seed}", "trainer.accumulate_grad_batches": 1},

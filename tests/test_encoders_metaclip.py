@@ -258,7 +258,7 @@ def test_rebuilding_needs_no_pretrained_file(tmp_path: Path) -> None:
 
 
 def test_positions_start_at_the_given_scale() -> None:
-    """Guards against positions that drown in white: where anything is, was not learned then.
+    """Guards against an option that changes nothing: positions are drawn before it is read.
 
     And against a checkpoint that begins no other run, because its tower started otherwise.
     """
