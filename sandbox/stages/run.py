@@ -179,7 +179,8 @@ def run(
                 if running and not ended:
                     time.sleep(POLL)
         finally:
-            for work in running.values():
+            # The last first: what still waits for a core must not get that of another killed run.
+            for work in reversed(running.values()):
                 work.kill()
     return failed
 
