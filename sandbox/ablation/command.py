@@ -140,7 +140,7 @@ def _planned(
     partial = path.with_name(f".{PLAN}.partial")
     partial.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
-    _tell(ablation, json.loads(path.read_text(encoding="utf-8"))["arms"])
+    _tell(ablation, arms)
     return {name: arm["steps"] for name, arm in arms.items()}
 
 
