@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,6 +15,22 @@ class ImageLayout(Protocol):
     @property
     def patches(self) -> Tensor:
         """Bool ``[B, T]``: True where a token is the placeholder of an image feature."""
+
+    @property
+    def placeholders(self) -> Tensor:
+        """Int ``[n]``: the places ``b * T + t`` where ``patches`` is True, ascending."""
+
+    @property
+    def placeholder_counts(self) -> Sequence[int]:
+        """Placeholders of each row, known to the host."""
+
+    @property
+    def tile_counts(self) -> Sequence[int]:
+        """Tiles of each row, known to the host."""
+
+    @property
+    def ordered(self) -> bool:
+        """Whether tiles stand in the order of rows and start inside them, from left to right."""
 
     @property
     def tile_rows(self) -> Tensor:

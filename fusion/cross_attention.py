@@ -189,7 +189,7 @@ class CrossAttention(Fusion):
         """Leave text embeddings ``[B, T, D]`` as they are; adapters read features ``[N, P, V]``.
 
         P counts all that the encoder gives of a tile, its summary tokens included. A batch
-        without tiles needs no adapters. On a GPU the host waits here for the device.
+        without tiles needs no adapters.
 
         Raises:
             ValueError: the prompt holds placeholders, or tiles and their places differ in number,
@@ -201,10 +201,11 @@ class CrossAttention(Fusion):
         B, T = embeds.shape[:2]
         N, P = features.shape[:2]
         rows = layout.tile_rows
-        counts = rows.bincount(minlength=B)
-        M = int(counts.max())
+        counts = torch.tensor(layout.tile_counts)
+        M = max(layout.tile_counts)
         # Tile n is the k-th of its row: rows of fewer than M tiles are padded behind theirs.
-        slots = rows * M + torch.arange(N, device=rows.device) - (counts.cumsum(0) - counts)[rows]
+        before = (counts.cumsum(0) - counts).to(rows.device, non_blocking=True)
+        slots = rows * M + torch.arange(N, device=rows.device) - before[rows]
         states = self.projector(features)
         states = states.new_zeros(B * M, *states.shape[1:]).index_copy(0, slots, states)
         states = states.view(B, M * P, -1)
@@ -217,14 +218,14 @@ class CrossAttention(Fusion):
         if self.hf_compat:
             mask |= ~feeds & own_tiles(starts, T, *texts)
         attends = mask.any(2, keepdim=True)
-        mask = (mask | ~attends).repeat_interleave(P, 2)
+        mask = (mask | ~attends).unsqueeze(3).expand(-1, -1, -1, P).flatten(2)
         adapters = {a.layer: a for a in cast("list[Adapter]", list(self.adapters.values()))}
         memory = {layer: a.attention.remember(states) for layer, a in adapters.items()}
         return Fused(embeds, adapters, VisionContext(memory, mask, attends, feeds))
 
     def _check(self, tiles: int, embeds: Tensor, layout: ImageLayout) -> None:
         """Refuse a batch whose images are not where its tiles say."""
-        if placeholders := int(layout.patches.sum()):
+        if placeholders := sum(layout.placeholder_counts):
             raise ValueError(
                 f"the batch holds {placeholders} image placeholders, but cross-attention replaces "
                 f"0 tokens: encode prompts with tokens_per_tile=0"
@@ -236,8 +237,7 @@ class CrossAttention(Fusion):
                 f"tile_starts: each tile needs its row and the place of its image token"
             )
         B, T = embeds.shape[:2]
-        inside = (rows >= 0) & (rows < B) & (starts >= 0) & (starts < T)
-        if not bool(inside.all() & ((rows * T + starts).diff() >= 0).all()):
+        if not layout.ordered:
             raise ValueError(
                 f"tile_rows {rows.tolist()} and tile_starts {starts.tolist()} must name tokens of "
                 f"a batch of {B} rows and {T} tokens, row by row and from left to right"

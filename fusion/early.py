@@ -81,39 +81,38 @@ class EarlyFusion(Fusion):
 
         Tiles are taken in order, each row's placeholders from left to right. Summary tokens, which
         some encoders put before the patches, have no place in the grid and are dropped. A batch
-        without tiles gives its embeddings back, bit for bit. On a GPU this is where the host waits
-        for the device, since the placeholders have to be counted.
+        without tiles gives its embeddings back, bit for bit.
 
         Raises:
             ValueError: a row holds more or fewer placeholders than its tiles have tokens; silence
                 would put every later image onto the wrong tokens.
         """
-        T = embeds.shape[1]
+        self._check(len(features), layout)
         tokens = self.projector(features[:, -self.patches :]).flatten(0, 1)
-        places = layout.patches.flatten().nonzero().squeeze(1)
-        rows = layout.tile_rows.repeat_interleave(self.tokens_per_tile)
-        if len(tokens) != len(rows) or not torch.equal(places // T, rows):
-            raise ValueError(self._mismatch(len(features), layout))
+        places = layout.placeholders
         # Out of place: the embeddings may be a leaf, and their own gradient must stay whole.
         fused = embeds.flatten(0, 1).index_copy(0, places, tokens.to(embeds.dtype))
         blocks = None
         if self.bidirectional and len(tokens):
-            images = (layout.tile_starts + 1).repeat_interleave(self.tokens_per_tile)
+            images = (layout.tile_starts + 1)[:, None].expand(-1, self.tokens_per_tile).flatten()
             blocks = torch.zeros_like(layout.patches, dtype=torch.int64).flatten()
             blocks = blocks.index_copy(0, places, images).view_as(layout.patches)
         return Fused(fused.view_as(embeds), blocks=blocks)
 
-    def _mismatch(self, tiles: int, layout: ImageLayout) -> str:
-        """Say which rows of the batch hold the wrong number of placeholders."""
-        found = layout.patches.sum(1)
-        needed = torch.bincount(layout.tile_rows, minlength=len(found)) * self.tokens_per_tile
+    def _check(self, tiles: int, layout: ImageLayout) -> None:
+        """Refuse a batch of which some row holds the wrong number of placeholders."""
+        found = layout.placeholder_counts
+        needed = [count * self.tokens_per_tile for count in layout.tile_counts]
+        if list(found) == needed and sum(layout.tile_counts) == tiles and layout.ordered:
+            return
         rows = [
-            f"row {row} holds {int(found[row])} placeholders for {int(needed[row])} image tokens"
-            for row in (found != needed).nonzero().flatten().tolist()[:3]
+            f"row {row} holds {here} placeholders for {wanted} image tokens"
+            for row, (here, wanted) in enumerate(zip(found, needed, strict=True))
+            if here != wanted
         ]
-        return (
-            f"the batch holds {int(found.sum())} image placeholders, but {tiles} tiles make "
+        raise ValueError(
+            f"the batch holds {sum(found)} image placeholders, but {tiles} tiles make "
             f"{tiles * self.tokens_per_tile} image tokens ({self.tokens_per_tile} a tile): "
-            f"{'; '.join(rows) or 'tile_rows is not in the order of the rows'}. Encode prompts "
+            f"{'; '.join(rows[:3]) or 'tile_rows is not in the order of the rows'}. Encode prompts "
             f"with this fusion's tokens_per_tile, and keep the tiles of a row together."
         )

@@ -13,7 +13,7 @@ from sandbox.backbone.config import BackboneConfig
 from sandbox.backbone.loss import chunked_cross_entropy
 from sandbox.backbone.moe import Routing, balance_loss, router_z_loss
 from sandbox.backbone.transformer import Backbone
-from sandbox.data.batch import IGNORE, Batch
+from sandbox.data.batch import Batch
 from sandbox.data.prompt import Prompt, PromptEncoder
 from sandbox.errors import UserError
 from sandbox.generate import Sampling, generate, generate_ids, inference, stream
@@ -32,7 +32,7 @@ class Output:
         parts: ``text`` (mean cross-entropy of labelled tokens) and, where they are on, ``balance``
             and ``router_z`` (means over mixture layers, unweighted).
         correct: bool ``[B, T]``, True where a label was the likeliest token.
-        hidden: ``[B, T, D]``, after the last norm.
+        hidden: ``[B, T, D]``, after the last norm, 0 on padding; or ``[n, D]``, of labelled tokens.
         routing: what each mixture layer's router did.
     """
 
@@ -45,7 +45,7 @@ class Output:
 
     @property
     def logits(self) -> Tensor:
-        """Logits ``[B, T, V]``, made when asked for: training never holds them all."""
+        """Logits ``[..., V]`` of ``hidden``, made on access: training never holds them all."""
         return self._head(self.hidden)
 
 
@@ -116,10 +116,9 @@ class VisionLanguageModel(nn.Module):
             UserError: a language model is shown images, or placeholders stand for none.
         """
         if not len(batch.tiles):
-            if bool(batch.patches.any()):
+            if placeholders := sum(batch.placeholder_counts):
                 raise UserError(
-                    f"{batch.name or 'the batch'}: {int(batch.patches.sum())} image placeholders "
-                    "but no image"
+                    f"{batch.name or 'the batch'}: {placeholders} image placeholders but no image"
                 )
             return None
         if self.encoder is None:
@@ -146,13 +145,17 @@ class VisionLanguageModel(nn.Module):
         *,
         tokens: Tensor | None = None,
         features: Tensor | None = None,
+        labelled_only: bool = False,
     ) -> Output:
         """Loss and bookkeeping of a batch, see ``Output``.
 
         Args:
             batch: what a task or prompts gave.
             tokens: instead of a batch, int64 ``[B, T]`` of text alone; the loss is then 0.
-            features: of the batch's tiles, for who has them already.
+            features: of the batch's tiles, for callers that have them already.
+            labelled_only: compute the last layer where there are labels, and nowhere else. Loss and
+                gradients are the same, but for that layer's router, which then routes, and is
+                balanced over, labelled tokens alone.
 
         Raises:
             ValueError: both or neither are given.
@@ -164,39 +167,44 @@ class VisionLanguageModel(nn.Module):
         assert batch is not None
         fused = self.fuse(batch, features)
         plain = batch.documents is None and batch.branches is None
+        places = batch.places
+        few = labelled_only and 0 < 2 * len(places.labelled) <= places.tokens
         decoded = self.backbone(
             embeds=fused.embeds,
             positions=None if plain else batch.positions,
             documents=batch.documents,
             branches=batch.branches,
             blocks=fused.blocks,
+            real=places.real,
+            outputs=places.labelled if few else None,
             adapters=fused.adapters,
             context=fused.context,
         )
-        labelled = batch.labels != IGNORE
-        text, hits = chunked_cross_entropy(
-            decoded.hidden[labelled], self.backbone.head.weight, batch.labels[labelled]
-        )
-        correct = torch.zeros_like(labelled)
-        correct[labelled] = hits
-        parts = {"text": text} | self._router_losses(decoded.routing, batch)
+        hidden = decoded.hidden
+        if not few:
+            hidden = hidden.flatten(0, 1).index_select(0, places.labelled)
+        labels = batch.labels.flatten().index_select(0, places.labelled)
+        text, hits = chunked_cross_entropy(hidden, self.backbone.head.weight, labels)
+        correct = torch.zeros_like(batch.labels, dtype=torch.bool).flatten()
+        correct = correct.index_copy(0, places.labelled, hits).view_as(batch.labels)
+        parts = {"text": text} | self._router_losses(decoded.routing)
         weights = {
             "text": 1.0,
             "balance": self.backbone.config.balance_rate,
             "router_z": self.backbone.config.router_z_loss,
         }
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
-        return Output(loss, parts, correct, decoded.hidden, decoded.routing, self.backbone.head)
+        kept = hidden if labelled_only else decoded.hidden
+        return Output(loss, parts, correct, kept, decoded.routing, self.backbone.head)
 
-    def _router_losses(self, routing: Sequence[Routing], batch: Batch) -> dict[str, Tensor]:
+    def _router_losses(self, routing: Sequence[Routing]) -> dict[str, Tensor]:
         config = self.backbone.config
         wanted = {
             "balance": (balance_loss, config.balance == "loss"),
             "router_z": (router_z_loss, config.router_z_loss > 0),
         }
-        counted = batch.real_tokens
         return {
-            name: torch.stack([loss(layer, counted) for layer in routing]).mean()
+            name: torch.stack([loss(layer) for layer in routing]).mean()
             for name, (loss, on) in wanted.items()
             if on and routing
         }

@@ -1,7 +1,6 @@
 """What tests of the Llama 3.2 Vision baseline share: rows as drawings, a toy model, gradients."""
 
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from fusion.base import Fused
 from fusion.cross_attention import CrossAttention
 from sandbox.backbone.config import BackboneConfig
 from sandbox.backbone.transformer import Backbone
+from sandbox.data.batch import Batch
 
 LOGITS = 2e-5  # agreement in fp32
 
@@ -51,21 +51,19 @@ def row(text: str) -> list[int]:
     return [IMAGE if letter == "I" else word for letter, word in zip(text, words, strict=True)]
 
 
-def layout(rows: Sequence[Sequence[int]], **more: Tensor) -> SimpleNamespace:
+def layout(rows: Sequence[Sequence[int]], **more: Tensor) -> Batch:
     """What a fusion reads of rows (padded on the right) with one tile for every image token."""
     T = max(map(len, rows))
     tokens = torch.tensor([[*tokens, *[0] * (T - len(tokens))] for tokens in rows])
     documents = torch.tensor([[0] * len(r) + [-1] * (T - len(r)) for r in rows])
     tile_rows, tile_starts = (tokens == IMAGE).nonzero(as_tuple=True)
     fields = {
-        "tokens": tokens,
-        "patches": torch.zeros_like(tokens, dtype=torch.bool),
+        "tiles": torch.zeros(len(tile_rows), 3, 1, 1, dtype=torch.uint8),
         "tile_rows": tile_rows,
         "tile_starts": tile_starts,
         "documents": documents if bool(documents.any()) else None,
-        "branches": None,
     }
-    return SimpleNamespace(**fields | more)
+    return Batch.of(tokens, **fields | more)
 
 
 def features(tiles: int) -> Tensor:
@@ -89,7 +87,7 @@ def ours(**arguments: object) -> tuple[CrossAttention, Backbone]:
     return fusion, backbone
 
 
-def decode(backbone: Backbone, fused: Fused, prompt: SimpleNamespace, **more: object) -> Tensor:
+def decode(backbone: Backbone, fused: Fused, prompt: Batch, **more: object) -> Tensor:
     """Hidden states of rows that all start at position 0."""
     return backbone(
         embeds=fused.embeds,

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sandbox.backbone.backends import cpu
 from sandbox.backbone.config import BackboneConfig
-from sandbox.backbone.moe import MoE, Routing, balance_loss, max_violation, router_z_loss
+from sandbox.backbone.moe import MoE, Routing, Visits, balance_loss, max_violation
 
 
 def mixture(**changes) -> MoE:
@@ -108,14 +109,41 @@ def test_balance_loss_is_one_when_even_and_moves_the_router():
     assert layer.router.weight.grad.abs().max() > 0
 
 
-def test_padding_is_not_counted():
-    """Guards against expert load that measures padding."""
+def test_load_counts_tokens_by_weight():
+    """Guards against a load by modality that counts the other one."""
     routing = Routing(0, torch.randn(4, 3), torch.tensor([[0], [1], [2], [2]]))
-    real = torch.tensor([True, True, False, False])
-    assert routing.load(real).tolist() == [1, 1, 0]
-    assert balance_loss(routing, real) != balance_loss(routing)
-    expected = routing.logits[:2].logsumexp(-1).square().mean()
-    torch.testing.assert_close(router_z_loss(routing, real), expected)
+    assert routing.load().tolist() == [1, 1, 2]
+    assert routing.load(torch.tensor([1.0, 1.0, 0.0, 0.0])).tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_visits_find_their_expert_and_their_way_back(multiple):
+    """Guards against rows that are padded with another expert's visits."""
+    torch.manual_seed(0)
+    chosen = torch.randint(0, 5, (23, 2)).masked_fill_(torch.rand(23, 2) < 0.3, 3)
+    visits = Visits.of(chosen, 6, multiple)  # nothing visits the last one
+    sizes = visits.ends.diff(prepend=torch.zeros(1, dtype=torch.int32)).tolist()
+    assert all(size % multiple == 0 for size in sizes)
+    assert sizes[5] == 0
+    expert = torch.arange(6).repeat_interleave(torch.tensor(sizes))
+    assert expert[visits.rows].equal(chosen.flatten())
+    assert visits.order[visits.rows].equal(torch.arange(46))
+    blank = set(range(sum(sizes))) - set(visits.rows.tolist())
+    assert blank == set([] if visits.blank is None else visits.blank.tolist())
+
+
+def test_padded_visits_change_nothing(monkeypatch):
+    """Guards against blank rows that reach the output, or the experts' gradients."""
+    torch.manual_seed(0)
+    layer = mixture()
+    x = torch.randn(37, 16, requires_grad=True)
+    results = []
+    for multiple in (1, 8):
+        monkeypatch.setattr(cpu, "visits_multiple", lambda *_, m=multiple: m)
+        out = layer(x)[0]
+        results.append((out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])))
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-5)
 
 
 def test_bias_evens_the_load():

@@ -69,11 +69,12 @@ import torch
 from torch import Tensor
 from transformers.models.llama4 import modeling_llama4
 
-from sandbox.backbone.attention import Visibility
+from sandbox.backbone.backends import cpu
 from sandbox.backbone.config import BackboneConfig
 from sandbox.backbone.loss import chunked_cross_entropy
 from sandbox.backbone.moe import balance_loss
 from sandbox.backbone.transformer import Backbone
+from sandbox.backbone.visibility import Visibility
 from tests.reference import (
     BAND_SCALING,
     GRADIENT,
@@ -143,6 +144,7 @@ def test_forward_loss_and_gradients_equal_transformers(features: dict[str, objec
         expected = theirs(tokens, labels=labels, output_router_logits=True)
         decoded = ours(tokens)
     for layer, expected_layer in zip(layers, expected_layers, strict=True):
+        layer = layer.view_as(expected_layer)  # ours takes the tokens of all rows end to end
         torch.testing.assert_close(layer, expected_layer, atol=LAYER, rtol=0)
     logits = ours.unembed(decoded.hidden)
     torch.testing.assert_close(logits, expected.logits, atol=LOGITS, rtol=0)
@@ -259,19 +261,21 @@ def test_queries_and_keys_have_the_same_bits_in_bfloat16(
         seen["theirs"] = q.transpose(1, 2), k.transpose(1, 2)
         return their_attention(module, q, k, *rest, **options)
 
-    class Spy(Visibility):
-        def attend(self, q, k, v, *, local):
-            seen["ours"] = q, k
-            return super().attend(q, k, v, local=local)
+    our_attention = cpu.attend
 
+    def our_spy(q, k, *rest, **options):
+        seen["ours"] = q[None], k[None]
+        return our_attention(q, k, *rest, **options)
+
+    monkeypatch.setattr(cpu, "attend", our_spy)
     monkeypatch.setattr(modeling_llama4, "eager_attention_forward", their_spy)
     theirs, ours = decoder_pair(TOY)
     positions = torch.arange(29)[None]
     x = torch.randn(1, 29, TOY.width).bfloat16()
     turns = theirs.model.rotary_emb(x, positions)
     theirs.model.layers[layer].self_attn.bfloat16()(x, turns, None)
-    view = Spy(TOY, ours.frequency, positions, plain=True)
-    ours.layers[layer].attention.bfloat16()(x, view)
+    view = Visibility(TOY, ours.frequency, positions, plain=True)
+    ours.layers[layer].attention.bfloat16()(x[0], view)
     for mine, their in zip(seen["ours"], seen["theirs"], strict=True):
         assert mine.dtype == their.dtype == torch.bfloat16
         assert (mine == their).float().mean() > 0.99

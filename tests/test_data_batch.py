@@ -5,7 +5,7 @@ import torch
 from PIL import Image as PILImage
 
 from fusion.layout import IMAGE, IMAGE_START
-from sandbox.data.batch import IGNORE, PADDING, collate, pack
+from sandbox.data.batch import IGNORE, PADDING, Batch, collate, pack
 from sandbox.data.prompt import Prompt, PromptEncoder
 from sandbox.data.task import Question, Sample
 from sandbox.tokenizer import Tokenizer
@@ -132,12 +132,13 @@ def test_moving_a_batch_keeps_everything() -> None:
         [encoder().encode_sample(sample("7", "9")), encoder().encode_sample(sample("7"))]
     )
     moved = batch.to("meta")
-    for name, value in vars(batch).items():
+    before, after = ({**vars(b), **b.places._asdict(), "found": None} for b in (batch, moved))
+    for name, value in before.items():
         if isinstance(value, torch.Tensor):
-            assert vars(moved)[name].device.type == "meta", name
-            assert vars(moved)[name].shape == value.shape
+            assert after[name].device.type == "meta", name
+            assert after[name].shape == value.shape
         else:
-            assert vars(moved)[name] == value
+            assert after[name] == value
 
 
 def test_an_answer_is_right_only_in_every_token() -> None:
@@ -159,10 +160,31 @@ def test_an_answer_is_right_only_in_every_token() -> None:
             assert batch.answered(missed).tolist() == [k != number for k in range(3)]
 
 
-def test_real_tokens_leave_out_padding() -> None:
-    """Guards against routers balanced over padding."""
+def test_places_are_those_of_the_tensors() -> None:
+    """Guards against indices that point at padding, or at the token beside the labelled one."""
     examples = [encoder().encode(Prompt.ask("What?")), encoder().encode_sample(sample("7"))]
-    real = collate(examples).real_tokens
-    assert real is not None
-    assert real.sum() == sum(map(len, examples))
-    assert collate(examples[:1]).real_tokens is None
+    batch = collate(examples)
+    places = batch.places
+    assert places.real is not None
+    assert batch.real_tokens == len(places.real) == sum(map(len, examples))
+    assert (batch.labels.flatten()[places.labelled] != IGNORE).all()
+    assert len(places.labelled) == (batch.labels != IGNORE).sum()
+    assert batch.patches.flatten()[places.placeholders].all()
+    assert sum(places.placeholder_counts) == len(places.placeholders) == batch.patches.sum()
+    assert places.tile_counts == (0, 1)
+    assert places.ordered
+    assert collate(examples[:1]).places.real is None
+
+
+def test_a_loaded_batch_knows_its_places() -> None:
+    """Guards against places that are found on the device, where the host would wait."""
+    assert collate([encoder().encode_sample(sample("7"))]).found is not None
+
+
+@pytest.mark.parametrize(("rows", "starts"), [([1, 0], [0, 0]), ([0, 0], [3, 1]), ([0], [0, 1])])
+def test_tiles_out_of_order_are_noticed(rows: list[int], starts: list[int]) -> None:
+    """Guards against an image that lands in another row."""
+    tokens = torch.zeros(2, 5, dtype=torch.int64)
+    assert not Batch.of(
+        tokens, tile_rows=torch.tensor(rows), tile_starts=torch.tensor(starts)
+    ).ordered

@@ -81,7 +81,6 @@ def test_sample_layout_is_as_drawn() -> None:
 1 16 '<|header_end|>'
 1 17 '\\n\\n'                -> '7' (0)
 1 18 '7'                   -> '<|eot|>' (0)
-1 19 '<|eot|>'
 2 10 'What'
 2 11 ' color'
 2 12 '?'
@@ -90,8 +89,7 @@ def test_sample_layout_is_as_drawn() -> None:
 2 15 'assistant'
 2 16 '<|header_end|>'
 2 17 '\\n\\n'                -> 'red' (1)
-2 18 'red'                 -> '<|eot|>' (1)
-2 19 '<|eot|>'"""
+2 18 'red'                 -> '<|eot|>' (1)"""
     )
 
 
@@ -140,11 +138,14 @@ def test_labels_are_the_next_token_and_never_cross_branches(
             sample(*answers, images=rng.randint(0, 3)), loss=loss
         )
         labelled = np.flatnonzero(example.labels != IGNORE)
-        assert labelled.max() < len(example) - 1
-        assert (example.labels[labelled] == example.tokens[labelled + 1]).all()
-        assert (example.branches[labelled] == example.branches[labelled + 1]).all()
-        assert not example.patches[labelled + 1].any()
         assert (example.branches[labelled] > 0).all()
+        # The last token of a branch predicts the end of its answer, which is no input.
+        last = np.append(np.diff(example.branches) != 0, True)[labelled]
+        assert (example.labels[labelled[last]] == TOKENIZER.eot).all()
+        assert last.sum() == len(answers)
+        followed = labelled[~last]
+        assert (example.labels[followed] == example.tokens[followed + 1]).all()
+        assert not example.patches[followed + 1].any()
 
 
 def test_answer_loss_covers_each_answer_and_its_end_only() -> None:
@@ -167,7 +168,7 @@ def test_text_loss_adds_the_questions_but_answers_keep_their_number() -> None:
         inside = full.branches == branch
         # All of the branch but its first token, which the trunk cannot foresee.
         assert list(full.labels[inside][:-1]) == list(full.tokens[inside][1:])
-        assert full.labels[inside][-1] == IGNORE
+        assert full.labels[inside][-1] == TOKENIZER.eot
     assert (full.labels[full.branches == 0] == IGNORE).all()
 
 
@@ -191,7 +192,7 @@ def test_asking_equals_trunk_and_branch_of_training(images: int, tokens_per_tile
     trunk = trained.branches == 0
     for number, question in enumerate(shown.questions):
         asked = encode.encode(Prompt.ask(question.text, shown.images), reply=True)
-        rest = [*TOKENIZER.encode(question.answer), TOKENIZER.eot]
+        rest = TOKENIZER.encode(question.answer)  # the end of the turn is no input
         row = trunk | (trained.branches == number + 1)
         assert list(asked.tokens) + rest == list(trained.tokens[row])
         assert list(asked.positions) == list(trained.positions[row])[: -len(rest)]
@@ -275,7 +276,7 @@ def test_special_tokens_in_user_text_stay_text() -> None:
     question = Question(evil, evil, "kind")
     trained = encoder().encode_sample(Sample((RED,), (question,), "content"))
     assert trained.patches.sum() == 2
-    assert (trained.tokens == TOKENIZER.eot).sum() == 2
+    assert (trained.tokens == TOKENIZER.eot).sum() == 1  # the question's; the answer's is no input
 
 
 def test_empty_answers_and_prompts_are_refused() -> None:

@@ -25,8 +25,8 @@ from experiments.bench_models import (
 )
 from experiments.bench_report import digits, quantity
 from experiments.bench_whole import decode_bytes
-from sandbox.backbone.attention import Coordinates, visible
 from sandbox.backbone.transformer import Backbone
+from sandbox.backbone.visibility import Coordinates, visible
 
 CPU = torch.device("cpu")
 QUICK = Bench(CPU, rounds=2, quick=True)

@@ -5,7 +5,6 @@ import inspect
 import json
 import pkgutil
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -228,9 +227,12 @@ def test_rows_are_as_drawn() -> None:
     built.projector = torch.nn.Identity()
     built.tokens_per_tile = 2
     features = torch.tensor([[[number[f"{tile}{k}"]] for k in (1, 2)] for tile in "abc"])
-    layout = SimpleNamespace(
-        patches=torch.tensor([[word == "P" for word in row] for row in before]),
+    patches = torch.tensor([[word == "P" for word in row] for row in before])
+    layout = Batch.of(
+        patches.long(),
+        patches=patches,
         tile_rows=torch.tensor([0, 2, 2]),
+        tile_starts=torch.tensor([2, 0, 2]),
     )
     embeds = torch.tensor([[[number[word]] for word in row] for row in before])
     fused = built(embeds, features, layout)
@@ -250,8 +252,10 @@ def test_blocks_are_as_drawn() -> None:
     assert tokens == ["see", *(signs[name] for name in images), "?"]
 
     built = EarlyFusion(V, GRID, D, shuffle=GRID, bidirectional=True)
-    layout = SimpleNamespace(
-        patches=torch.tensor([[token == "P" for token in tokens]]),
+    patches = torch.tensor([[token == "P" for token in tokens]])
+    layout = Batch.of(
+        patches.long(),
+        patches=patches,
         tile_rows=torch.tensor([0, 0, 0, 0]),
         tile_starts=torch.tensor([1, 1, 1, 9]),
     )
@@ -323,8 +327,11 @@ def test_mismatches_name_the_rows(images: list[int], tile_rows: list[int], messa
     """Guards against totals that agree while one row's image lands in another row."""
     built = build(EarlyFusion)
     layout = batch(built.tokens_per_tile, images)
-    wrong = SimpleNamespace(
-        patches=layout.patches, tile_rows=torch.tensor(tile_rows, dtype=torch.int64)
+    wrong = Batch.of(
+        layout.tokens,
+        patches=layout.patches,
+        tile_rows=torch.tensor(tile_rows, dtype=torch.int64),
+        tile_starts=torch.zeros(len(tile_rows), dtype=torch.int64),
     )
     embeds, _ = inputs(layout)
     with pytest.raises(ValueError, match=message):

@@ -22,7 +22,7 @@ from torch import nn
 from encoders.patches import Patches
 from fusion.early import EarlyFusion
 from sandbox.backbone.config import BackboneConfig
-from sandbox.backbone.moe import Experts
+from sandbox.backbone.moe import Experts, Routing
 from sandbox.checkpoint import KEY, load_model
 from sandbox.data.charts import Charts
 from sandbox.data.module import VQAData
@@ -183,8 +183,8 @@ class Overflow(Pretrain):
     def on_fit_start(self):
         forward = self.model.forward
 
-        def spoiled(batch):
-            output = forward(batch)
+        def spoiled(batch, **options):
+            output = forward(batch, **options)
             if self.broken:
                 output.parts["text"] = output.parts["text"] * torch.inf
                 object.__setattr__(output, "loss", output.loss * torch.inf)
@@ -341,27 +341,27 @@ def test_run_record_hides_no_error(tmp_path, monkeypatch):
 
 def test_routing_sums_by_modality():
     """Guards against padding counted as text, and images mixed up with text."""
-    experts = torch.tensor([[[0], [1], [1], [2], [2]]])
-    modality = torch.tensor([0, 0, 1, 1, 2])  # the last token is padding
-    logits = torch.zeros(1, 5, 3)
-    logits[0, 0] = torch.tensor([100.0, 0.0, 0.0])  # certain: no entropy
-    (sums,) = routing_sums(logits, experts, modality, 2)
+    patches = torch.tensor([[False, False, True], [True, False, False]])
+    places = torch.tensor([0, 1, 2, 3])  # the other two are padding
+    logits = torch.zeros(4, 3)
+    logits[0] = torch.tensor([100.0, 0.0, 0.0])  # certain: no entropy
+    sums = routing_sums(Routing(0, logits, torch.tensor([[0], [1], [1], [2]]), places), patches)
     uniform = torch.tensor(3.0).log()
     expected = torch.tensor([[1, 1, 0, uniform, 2], [0, 1, 1, 2 * uniform, 2]])
     torch.testing.assert_close(sums, expected)
 
 
 def test_routing_monitor_logs_shares(tmp_path):
-    """Guards against loads that are logged for one batch only, or do not add up."""
+    """Guards against loads that do not add up."""
     fit(tmp_path, RoutingMonitor(), logger=CSVLogger(tmp_path, name="", version=""))
     header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
     logged = [dict(zip(header.split(","), row.split(","), strict=True)) for row in rows]
     routed = [row for row in logged if row["routing/max_violation/layer0"]]
     assert [row["step"] for row in routed] == ["1", "3"]
     for name in ("text", "image"):
-        shares = [float(routed[0][f"routing/load/layer1/{name}/expert{e}"]) for e in range(4)]
+        shares = [float(routed[0][f"routing/load/layer0/{name}/expert{e}"]) for e in range(4)]
         assert sum(shares) == pytest.approx(1.0)
-        assert 0 < float(routed[0][f"routing/entropy/layer1/{name}"]) <= 1.3863
+        assert 0 < float(routed[0][f"routing/entropy/layer0/{name}"]) <= 1.3863
 
 
 def test_throughput_counts_a_real_step(tmp_path):
@@ -376,7 +376,7 @@ def test_throughput_counts_a_real_step(tmp_path):
     embedding = model.model.backbone.embed.weight.numel()
     head = model.model.backbone.head.weight.numel()  # sees labelled tokens only
     every_token = matrices - experts * 3 // 4 - embedding - head
-    assert 0.5 * 6 * every_token < throughput._flops_per_place < 3 * 6 * every_token
+    assert 0.5 * 6 * every_token < throughput._flops_per_token < 3 * 6 * every_token
     metrics = trainer.callback_metrics
     assert metrics["throughput/tokens_per_s"] > metrics["throughput/samples_per_s"] > 0
     assert 0 < metrics["throughput/utilization"] < 1

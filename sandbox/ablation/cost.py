@@ -114,8 +114,7 @@ def solve(budget: Budget, cost: Cost, pace: float | None, given: int) -> int:
 def _tokens(batch: Any) -> int:
     if not isinstance(batch, Batch):
         return 0  # a decoder does not read pairs for contrastive training
-    real = batch.real_tokens
-    return batch.tokens.numel() if real is None else int(real.sum())
+    return batch.real_tokens
 
 
 class _Unrun(SandboxCLI):

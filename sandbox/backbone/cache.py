@@ -6,10 +6,13 @@ rule ``slot <= position`` until the tokens that follow overwrite it.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sandbox.backbone.attention import NOWHERE, Coordinates, Visibility, attend, visible
+from sandbox.backbone import backends
 from sandbox.backbone.config import BackboneConfig
+from sandbox.backbone.layers import compute_dtype
+from sandbox.backbone.visibility import Visibility
 from sandbox.errors import UserError
 
 
@@ -23,7 +26,7 @@ class KVCache:
     """
 
     def __init__(self, config: BackboneConfig, rows: int, capacity: int, like: Tensor) -> None:
-        """Room for ``rows`` rows of ``capacity`` tokens, on the device and dtype of ``like``."""
+        """Room for ``rows`` rows of ``capacity`` tokens, for products with ``like``."""
         self.chunk = config.chunk
         self.capacity = capacity
         self.local = [
@@ -31,8 +34,9 @@ class KVCache:
         ]
         slots = [min(config.chunk or capacity, capacity) if x else capacity for x in self.local]
         shapes = [(rows, s, config.kv_heads, config.head_dim) for s in slots]
-        self.keys = [like.new_zeros(shape) for shape in shapes]
-        self.values = [like.new_zeros(shape) for shape in shapes]
+        dtype = compute_dtype(like)
+        self.keys = [like.new_zeros(shape, dtype=dtype) for shape in shapes]
+        self.values = [like.new_zeros(shape, dtype=dtype) for shape in shapes]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=like.device)
         self.longest = 0
         self.even = True
@@ -49,21 +53,21 @@ class KVCache:
         self.lengths = self.lengths[rows]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, view: Visibility) -> Tensor:
-        """Attention of new tokens ``[B, T, heads, K]`` over the row so far, which they then join.
+        """Attention of new tokens ``[M, heads, K]`` over their rows so far, which they then join.
 
         Raises:
             UserError: the row would outgrow the cache.
         """
-        T = q.shape[1]
+        T = view.shape[1]
         if self.longest + T > self.capacity:
             raise UserError(
                 f"the KV cache holds {self.capacity} tokens a row, {self.longest + T} are needed"
             )
         if self.longest == 0:
-            mixed = view.attend(q, k, v, local=self.local[layer])
+            mixed = backends.of(q).attend(q, k, v, view, local=self.local[layer])
             self._write(layer, k, v, view)
         elif T == 1:
-            mixed = self._decode(layer, q, k, v)
+            mixed = self._decode(layer, *(x.unsqueeze(1) for x in (q, k, v))).squeeze(1)
         else:
             mixed = self._extend(layer, q, k, v, view)
             self._write(layer, k, v, view)
@@ -71,12 +75,15 @@ class KVCache:
 
     def advance(self, T: int, view: Visibility) -> None:
         """Count the T tokens that every layer has now seen; padding (right of a row) is not one."""
-        if view.documents is None:
-            self.lengths += T
-        else:
-            self.even = False
-            self.lengths += (view.documents >= 0).sum(dim=1)
+        self.even = self.even and view.real is None
+        self.lengths = self._ends(view)
         self.longest += T
+
+    def _ends(self, view: Visibility) -> Tensor:
+        """Tokens of each row, those of this pass among them: int64 ``[B]``."""
+        if view.real is None:
+            return self.lengths + view.shape[1]
+        return self.lengths.index_add(0, view.row, torch.ones_like(view.row))
 
     def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One token a row: write its slot, then attend over the slots up to it."""
@@ -87,50 +94,55 @@ class KVCache:
             slot, seen = slot % self.chunk, seen % self.chunk if self.even else self.chunk - 1
         if self.even:
             keys[:, seen], values[:, seen] = k[:, 0], v[:, 0]
-            return attend(q, keys[:, : seen + 1], values[:, : seen + 1], causal=False)
+            return _attend_one(q, keys[:, : seen + 1], values[:, : seen + 1])
         rows = torch.arange(len(slot), device=slot.device)
         keys[rows, slot], values[rows, slot] = k[:, 0], v[:, 0]
         seen = min(seen + 1, keys.shape[1])
         mask = torch.arange(seen, device=slot.device) <= slot[:, None, None]
-        return attend(q, keys[:, :seen], values[:, :seen], mask, causal=False)
+        return _attend_one(q, keys[:, :seen], values[:, :seen], mask)
 
     def _extend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, view: Visibility) -> Tensor:
-        """Several tokens behind others: attend over what is held and over themselves."""
+        """Several tokens after others: attend over what is held and over themselves."""
         held = min(self.longest, self.keys[layer].shape[1])
-        local = self.local[layer]
-        lengths = self.lengths[:, None]
-        positions = torch.arange(held, device=lengths.device).expand(len(lengths), held)
-        if local:
-            assert self.chunk is not None
-            positions = lengths // self.chunk * self.chunk + positions
-        documents = torch.where(positions < lengths, 0, NOWHERE)
-        zeros = torch.zeros_like(positions)
-        new, old = view.coordinates, Coordinates(positions, documents, zeros, zeros)
-        both = Coordinates(*(torch.cat(pair, dim=1) for pair in zip(old, new, strict=True)))
-        return attend(
-            q,
-            torch.cat((self.keys[layer][:, :held], k), dim=1),
-            torch.cat((self.values[layer][:, :held], v), dim=1),
-            visible(new, both, self.chunk if local else None),
+        chunk = self.chunk if self.local[layer] else None
+        k, v = (
+            torch.cat((past[layer][:, :held].flatten(0, 1), new.type_as(past[layer])))
+            for past, new in ((self.keys, k), (self.values, v))
         )
+        return backends.of(q).attend_behind(q, k, v, view, self.lengths, chunk=chunk)
 
     def _write(self, layer: int, k: Tensor, v: Tensor, view: Visibility) -> None:
-        """Store new keys and values ``[B, T, G, K]``; a local layer keeps the open chunk alone."""
-        B, T = k.shape[:2]
+        """Store new keys and values ``[M, G, K]``; a local layer keeps the open chunk alone."""
         slots = self.keys[layer].shape[1]
-        if not self.local[layer] and self.even:
-            span = slice(self.longest, self.longest + T)
-            self.keys[layer][:, span], self.values[layer][:, span] = k, v
+        if not self.local[layer] and view.real is None and self.even:
+            span = slice(self.longest, self.longest + view.shape[1])
+            for held, new in ((self.keys[layer], k), (self.values[layer], v)):
+                held[:, span] = new.unflatten(0, view.shape)
             return
-        lengths = self.lengths[:, None]
-        slot = torch.arange(slots, device=k.device).expand(B, slots)
-        ends = lengths + (
-            T if view.documents is None else (view.documents >= 0).sum(1, keepdim=True)
-        )
+        slot = view.coordinates.positions
+        places = view.row * slots + slot
         if self.local[layer]:
             assert self.chunk is not None
-            slot = ends // self.chunk * self.chunk + slot  # positions of the chunk the row is in
-        fresh = ((slot >= lengths) & (slot < ends))[..., None, None]
-        source = (slot - lengths).clamp(0, T - 1)[..., None, None].expand(-1, -1, *k.shape[2:])
+            if "open" not in view.plans:  # found once for all layers: the host waits for it
+                open_chunk = self._ends(view) // self.chunk
+                view.plans["open"] = (slot // self.chunk == open_chunk[view.row]).nonzero()[:, 0]
+            kept = view.plans["open"]
+            assert isinstance(kept, Tensor)
+            places = view.row[kept] * slots + slot[kept] % self.chunk
+            k, v = k[kept], v[kept]
         for held, new in ((self.keys[layer], k), (self.values[layer], v)):
-            held.copy_(torch.where(fresh, new.gather(1, source), held))
+            held.flatten(0, 1).index_copy_(0, places, new.type_as(held))
+
+
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of one query a row, ``[B, 1, H, K]``, over ``k, v [B, T, G, K]``.
+
+    ``mask`` is bool ``[B, 1, T]``. The heads that share keys become queries of one head: each key
+    is then read once.
+    """
+    groups = q.reshape(len(q), k.shape[2], -1, q.shape[-1])
+    mask = None if mask is None else mask.unsqueeze(1)
+    mixed = F.scaled_dot_product_attention(
+        groups, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
+    )
+    return mixed.reshape(q.shape)

@@ -1,11 +1,9 @@
 """torch's linear layer and RMS norm, where a CPU can compute the same numbers faster."""
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from sandbox.backbone import backends
 
 FEW_ROWS = 8  # up to here a matrix product waits for its weights, not for its arithmetic
 LARGE = 1 << 15  # weights from which one row is worth doubling
@@ -26,7 +24,7 @@ class Linear(nn.Linear):
         """Map ``[..., inputs]`` to ``[..., outputs]``."""
         rows = x.numel() // self.in_features
         if torch.is_grad_enabled() or not 0 < rows <= FEW_ROWS or x.device.type != "cpu":
-            return super().forward(x)
+            return backends.of(x).linear(x, self.weight)
         if rows == 1 and self.weight.numel() < LARGE:
             return super().forward(x)
         flat = x.reshape(rows, -1)
@@ -50,34 +48,12 @@ class RMSNorm(nn.RMSNorm):
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps)`` over the last axis, times ``weight``; computed in fp32."""
-    if x.device.type != "cpu":
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
-    return _RMSNorm.apply(x, weight, eps)
+    return backends.of(x).rms_norm(x, weight, eps)
 
 
-class _RMSNorm(torch.autograd.Function):
-    """With n the normalised input, r its scale and g the gradient of n: ``r (g - n mean(g n))``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        precise = torch.promote_types(x.dtype, torch.float32)
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
-        scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        normed = x * scale
-        ctx.save_for_backward(normed, scale, weight)
-        return (normed if weight is None else normed * weight).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        normed, scale, weight = ctx.saved_tensors
-        product = gradient * normed
-        if weight is None:
-            of_weight, inner = None, gradient.clone()
-            shared = product.mean(dim=-1, keepdim=True)
-        else:
-            of_weight = product.flatten(0, -2).sum(dim=0).to(weight.dtype)
-            inner = gradient * weight
-            shared = (product @ weight.to(product.dtype)).unsqueeze(-1) / product.shape[-1]
-        of_x = inner.addcmul(normed, shared, value=-1).mul_(scale)
-        return of_x.to(gradient.dtype), of_weight, None
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that matrix products of ``x`` are computed in: autocast's, or its own."""
+    device = x.device.type
+    if x.is_floating_point() and device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sandbox.backbone import backends
+from sandbox.backbone.layers import compute_dtype
+
 LONGEST_CHUNK = 1024  # tokens; more would not make the matrix products faster
-CPU_LOGITS, GPU_LOGITS = 1 << 23, 1 << 27  # numbers a chunk of logits may hold: 32 MB, 512 MB
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -15,12 +17,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Any:
+        ctx.dtypes = hidden.dtype, weight.dtype
+        # Cast once, not in every chunk; the gradient of the head would not be cast at all.
+        dtype = compute_dtype(hidden)
+        hidden, head = hidden.to(dtype), weight.to(dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return _ChunkedCrossEntropy._forward(ctx, hidden, head, labels, chunk)
+
+    @staticmethod
+    def _forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, chunk: int) -> Any:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_weight = torch.zeros_like(head, dtype=torch.float32) if need_weight else None
         total = hidden.new_zeros((), dtype=torch.float32)
         correct = torch.zeros_like(labels, dtype=torch.bool)
-        head = weight.to(hidden.dtype)
         for start in range(0, len(labels), chunk):
             span = slice(start, start + chunk)
             x, y = hidden[span], labels[span]
@@ -33,7 +43,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += (largest.values + mass.log() - label).sum()
             if need_hidden or need_weight:
                 error /= mass
-                error[torch.arange(len(y), device=y.device), y] -= 1
+                error.scatter_add_(1, y[:, None], error.new_full((len(y), 1), -1.0))
                 error = error.to(hidden.dtype)
                 if grad_hidden is not None:
                     grad_hidden[span] = error @ head
@@ -45,18 +55,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         count = max(len(labels), 1)
         grads = [None if grad is None else grad.div_(count) for grad in (grad_hidden, grad_weight)]
         ctx.save_for_backward(*grads)
-        ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(correct)
         return total / count, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Any:
-        grads = ctx.saved_tensors
-        # The head's gradient may be the largest tensor of a step: spare its copy where the loss is
-        # what is minimised. (On a GPU the question itself would cost more: the host would wait.)
-        if gradient.device.type != "cpu" or gradient != 1:
-            grads = [None if grad is None else grad * gradient for grad in grads]
+        grads = backends.of(gradient).scaled(ctx.saved_tensors, gradient)
         return (
             *(
                 None if grad is None else grad.to(dtype)
@@ -81,6 +86,5 @@ def chunked_cross_entropy(
         token was the label.
     """
     if chunk is None:
-        room = CPU_LOGITS if hidden.device.type == "cpu" else GPU_LOGITS
-        chunk = min(max(room // len(weight), 1), LONGEST_CHUNK)
+        chunk = min(max(backends.of(hidden).LOGITS // len(weight), 1), LONGEST_CHUNK)
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk)

@@ -1,13 +1,17 @@
 """Feed-forward layers: dense, and a mixture of one shared and E routed experts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from sandbox.backbone import backends
 from sandbox.backbone.config import BackboneConfig
-from sandbox.backbone.layers import Linear
+from sandbox.backbone.layers import Linear, compute_dtype
 
 
 class FeedForward(nn.Module):
@@ -20,8 +24,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., D]`` to ``[..., D]``."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(backends.of(x).swiglu(self.gate_up(x)))
 
 
 class Experts(nn.Module):
@@ -37,9 +40,13 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(experts, hidden, width))
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """Apply expert e to rows ``ends[e - 1] .. ends[e]`` of ``x [M, D]``; ``ends`` int32 [E]."""
-        gate, up = F.grouped_mm(x, self.gate_up, offs=ends).chunk(2, dim=-1)
-        return F.grouped_mm(F.silu(gate) * up, self.down, offs=ends)
+        """Apply expert e to rows ``ends[e - 1] .. ends[e]`` of ``x [M, D]``; ``ends`` int32 [E].
+
+        Grouped products have no autocast rule: without a cast, experts would stay in fp32.
+        """
+        fast, dtype = backends.of(x), compute_dtype(x)
+        x = fast.grouped_mm(x.to(dtype), self.gate_up.to(dtype), ends)
+        return fast.grouped_mm(fast.swiglu(x), self.down.to(dtype), ends)
 
     def one(self, x: Tensor, expert: int) -> Tensor:
         """Apply a single expert to ``x [..., D]``.
@@ -53,38 +60,84 @@ class Experts(nn.Module):
 
 @dataclass(frozen=True)
 class Routing:
-    """What the router of one layer did with ``M = B * T`` tokens.
+    """What the router of one layer did with M tokens; padding never reaches a router.
 
     Attributes:
         layer: number of the layer.
         logits: raw router logits ``[M, E]``, with gradient.
         experts: int64 ``[M, k]``, the experts each token visits.
+        places: int64 ``[M]``, the place ``b * T + t`` of each token; None if they are all in order.
     """
 
     layer: int
     logits: Tensor
     experts: Tensor
+    places: Tensor | None = None
 
-    def load(self, chosen: Tensor | None = None) -> Tensor:
-        """Visits of each expert, fp32 ``[E]``, counting only tokens in the bool mask ``[M]``."""
-        experts = self.experts if chosen is None else self.experts[chosen]
-        ones = torch.ones_like(experts, dtype=torch.float32).flatten()
-        zeros = ones.new_zeros(self.logits.shape[-1])
-        return zeros.index_add(0, experts.flatten(), ones)
+    def load(self, weights: Tensor | None = None) -> Tensor:
+        """Visits of each expert, fp32 ``[E]``; a token counts by its weight ``[M]``, or once."""
+        E = self.logits.shape[-1]
+        visits = torch.ones_like(self.experts, dtype=torch.float32)
+        if weights is not None:
+            visits = visits * weights[:, None]
+        return visits.new_zeros(E).index_add(0, self.experts.flatten(), visits.flatten())
 
 
-class _Permute(torch.autograd.Function):
-    """``x[order]`` for a permutation: its gradient is a gather too, not a scatter-add."""
+class Visits(NamedTuple):
+    """How the visits of M tokens to their k experts are laid out, expert by expert.
+
+    Attributes:
+        order: int64 ``[R]``, the visit ``m * k + i`` at each row; anything on blank rows.
+        rows: int64 ``[M * k]``, the row of each visit.
+        ends: int32 ``[E]``, where each expert's rows end.
+        blank: int64, rows without a visit; None if there are none.
+    """
+
+    order: Tensor
+    rows: Tensor
+    ends: Tensor
+    blank: Tensor | None
+
+    @classmethod
+    def of(cls, chosen: Tensor, experts: int, multiple: int) -> "Visits":
+        """Sort visits of ``chosen [M, k]``; each expert has a multiple of so many rows."""
+        ids, order = chosen.flatten().sort(stable=True)
+        every = torch.arange(experts, device=ids.device)
+        ends = torch.searchsorted(ids, every, right=True)
+        rows = torch.empty_like(order)
+        number = torch.arange(len(ids), device=ids.device)
+        if multiple == 1:
+            rows[order] = number
+            return cls(order, rows, ends.to(torch.int32), None)
+        starts = torch.cat((ends.new_zeros(1), ends[:-1]))
+        room = (ends - starts + multiple - 1) // multiple * multiple
+        wide = room.cumsum(0)
+        number = number + (wide - room - starts)[ids]
+        rows[order] = number
+        filled = torch.zeros(int(wide[-1]), dtype=torch.bool)
+        filled[number] = True
+        padded = order.new_zeros(len(filled))
+        padded[number] = order
+        return cls(padded, rows, wide.to(torch.int32), (~filled).nonzero().squeeze(1))
+
+
+class _Gather(torch.autograd.Function):
+    """``x[index]`` where ``back`` undoes it: its gradient is a gather too, not a scatter-add.
+
+    Rows of x in ``blank`` are read by none, so their gradient is 0.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(order, inverse)
-        return x.index_select(0, order)
+    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor, blank: Tensor | None) -> Tensor:
+        ctx.save_for_backward(back, blank)
+        return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def]
-        order, inverse = ctx.saved_tensors
-        return _Permute.apply(gradient, inverse, order), None, None
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        back, blank = ctx.saved_tensors
+        of_x = gradient.index_select(0, back)
+        return (of_x if blank is None else of_x.index_fill_(0, blank, 0)), None, None, None
 
 
 class MoE(nn.Module):
@@ -110,15 +163,23 @@ class MoE(nn.Module):
         if config.balance == "bias":
             self.register_buffer("balance_bias", torch.zeros(config.experts))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoE":
+        """Convert weights; the balancing bias stays in fp32, where small steps add up."""
+        super()._apply(fn, recurse)
+        if self.config.balance == "bias":
+            self.balance_bias = self.balance_bias.float()
+        return self
+
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """Mix experts for every token of ``x [B, T, D]``."""
+        """Mix experts for every token of ``x [..., D]``."""
         flat = x.flatten(0, -2)
-        logits = self.router(flat)
+        with torch.autocast(x.device.type, enabled=False):  # a rounded logit may turn a choice
+            logits = self.router(flat.to(self.router.weight.dtype))
         chosen, gate = self._select(logits)
         if len(flat) == 1 and not torch.is_grad_enabled() and x.device.type == "cpu":
             routed = self._direct(flat, chosen, gate)
         else:
-            routed = self._grouped(flat, chosen, gate)
+            routed = self._grouped(flat.to(compute_dtype(flat)), chosen, gate)
         routed = routed.view_as(x)
         return routed if self.shared is None else routed + self.shared(x), Routing(
             self.layer, logits, chosen
@@ -128,29 +189,27 @@ class MoE(nn.Module):
         """The experts of each token and their gates: ``[M, k]`` of logits ``[M, E]``."""
         scores = logits.detach()
         if self.config.balance == "bias":
-            scores = scores + self.balance_bias
+            scores = scores + self.balance_bias  # in fp32
         chosen = scores.topk(self.config.top_k, dim=-1).indices
         if self.config.router_score == "sigmoid":
             gate = logits.gather(-1, chosen).float().sigmoid()
         else:
             gate = logits.float().softmax(dim=-1).gather(-1, chosen)
-        return chosen, gate.to(logits.dtype)
+        return chosen, gate
 
     def _grouped(self, x: Tensor, chosen: Tensor, gate: Tensor) -> Tensor:
         """Sort visits by expert, one grouped matmul for all, and back: ``[M, D]``."""
         (M, D), k = x.shape, self.config.top_k
-        ids, order = chosen.flatten().sort(stable=True)
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(M * k, device=x.device)
-        every = torch.arange(self.config.experts, device=x.device)
-        ends = torch.searchsorted(ids, every, right=True).to(torch.int32)
+        E = self.config.experts
+        multiple = backends.of(x).visits_multiple(x.dtype, M * k, E)
+        order, rows, ends, blank = Visits.of(chosen, E, multiple)
         visits = x if k == 1 else x.repeat_interleave(k, dim=0)
-        scale = gate.reshape(M * k, 1)
+        scale = gate.reshape(M * k, 1).to(x.dtype)
         on_input = self.config.router_placement == "input"
         if on_input:
             visits = visits * scale
-        out = self.experts(_Permute.apply(visits, order, inverse), ends)
-        out = _Permute.apply(out, inverse, order)
+        out = self.experts(_Gather.apply(visits, order, rows, None), ends)
+        out = _Gather.apply(out, rows, order, blank)
         if not on_input:
             out = out * scale
         return out if k == 1 else out.view(M, k, D).sum(dim=1)
@@ -159,7 +218,7 @@ class MoE(nn.Module):
         """One token at inference: index its experts, nothing to sort."""
         on_input = self.config.router_placement == "input"
         out = torch.zeros_like(x)
-        for expert, scale in zip(chosen[0].tolist(), gate[0], strict=True):
+        for expert, scale in zip(chosen[0].tolist(), gate[0].to(x.dtype), strict=True):
             y = self.experts.one(x * scale if on_input else x, expert)
             out += y if on_input else y * scale
         return out
@@ -173,23 +232,20 @@ class MoE(nn.Module):
         self.balance_bias += self.config.balance_rate * torch.sign(load.mean() - load)
 
 
-def balance_loss(routing: Routing, chosen: Tensor | None = None) -> Tensor:
+def balance_loss(routing: Routing) -> Tensor:
     """The auxiliary loss of Switch Transformers, arXiv 2101.03961, equation 4, times 1 / k.
 
     1 when load and probability are even. Probabilities are the softmax of the raw logits whatever
-    the gate, so that the loss never sees a score squashed twice. ``chosen`` is a bool mask ``[M]``
-    of the tokens that count.
+    the gate, so that the loss never sees a score squashed twice.
     """
-    logits = routing.logits if chosen is None else routing.logits[chosen]
-    load = routing.load(chosen)
-    probability = logits.float().softmax(dim=-1).mean(dim=0)
+    load = routing.load()
+    probability = routing.logits.float().softmax(dim=-1).mean(dim=0)
     return len(load) * (load / load.sum() * probability).sum()
 
 
-def router_z_loss(routing: Routing, chosen: Tensor | None = None) -> Tensor:
+def router_z_loss(routing: Routing) -> Tensor:
     """Mean squared log-partition of the router, ST-MoE, arXiv 2202.08906, equation 5."""
-    logits = routing.logits if chosen is None else routing.logits[chosen]
-    return logits.float().logsumexp(dim=-1).square().mean()
+    return routing.logits.float().logsumexp(dim=-1).square().mean()
 
 
 def max_violation(load: Tensor) -> float:

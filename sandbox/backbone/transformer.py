@@ -1,18 +1,19 @@
 """The decoder: blocks of attention and feed-forward between an embedding and a head."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sandbox.backbone import rope
-from sandbox.backbone.attention import Attention, Visibility
+from sandbox.backbone import backends, rope
+from sandbox.backbone.attention import Attention
 from sandbox.backbone.cache import KVCache
 from sandbox.backbone.config import BackboneConfig
 from sandbox.backbone.layers import Linear, RMSNorm
 from sandbox.backbone.moe import FeedForward, MoE, Routing
+from sandbox.backbone.visibility import Visibility
 
 
 class Block(nn.Module):
@@ -30,10 +31,18 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, visibility: Visibility, cache: KVCache | None
+        self,
+        x: Tensor,
+        visibility: Visibility,
+        cache: KVCache | None,
+        chosen: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """Map ``x [B, T, D]`` to the same shape; mixture layers also say how they routed."""
-        x = x + self.attention(self.attention_norm(x), visibility, cache)
+        """Map tokens ``[M, D]``, or the chosen ones; mixture layers also say how they route.
+
+        ``chosen``, int64 ``[Mq]``, are the tokens whose output is needed; None means all.
+        """
+        mixed = self.attention(self.attention_norm(x), visibility, cache, chosen)
+        x = (x if chosen is None else x.index_select(0, chosen)) + mixed
         if isinstance(self.ffn, MoE):
             y, routing = self.ffn(self.ffn_norm(x))
             return x + y, routing
@@ -45,7 +54,8 @@ class Decoded:
     """What the backbone returns.
 
     Attributes:
-        hidden: ``[B, T, D]``, after the last norm; ``Backbone.unembed`` makes logits of it.
+        hidden: ``[B, T, D]``, after the last norm, 0 on padding; or ``[n, D]``, of the n outputs
+            that were asked for. ``Backbone.unembed`` makes logits of it.
         routing: what the router of each mixture layer did, in layer order.
     """
 
@@ -106,6 +116,8 @@ class Backbone(nn.Module):
         branches: Tensor | None = None,
         blocks: Tensor | None = None,
         cache: KVCache | None = None,
+        real: Tensor | None = None,
+        outputs: Tensor | None = None,
         adapters: Mapping[int, nn.Module] | None = None,
         context: Any = None,
     ) -> Decoded:
@@ -117,10 +129,14 @@ class Backbone(nn.Module):
             positions: true positions ``[B, T]``; without, rows count on from what the cache holds.
             documents: packing ids ``[B, T]``; tokens see their own document only, and negative ids
                 are padding. With a cache, a row is one document, padded on the right.
-            branches: ``[B, T]``, see ``attention.visible``; not with a cache.
+            branches: ``[B, T]``, see ``visibility.visible``; not with a cache.
             blocks: ``[B, T]``, 0 or the number of a token's block, whose tokens see each other in
                 both directions. With a cache, a block is read whole, in one call.
             cache: keys and values so far; the new tokens join it.
+            real: int64 ``[M]``, places ``b * T + t`` of the tokens that are no padding, for callers
+                that know them: counting them makes the host wait for a GPU.
+            outputs: int64 ``[n]``, ascending places whose hidden states are needed; the last layer
+                then computes, and routes, no others. None means all. Not with a cache.
             adapters: modules called as ``module(hidden, context)`` before the given layers.
             context: what the adapters need.
 
@@ -137,6 +153,8 @@ class Backbone(nn.Module):
                 f"an adapter stands before layer {max(adapters)}, but the backbone has "
                 f"{len(self.layers)} layers, numbered from 0"
             )
+        if cache is not None and outputs is not None:
+            raise ValueError("a cache takes the keys of whole layers: no choice of outputs")
         x = self.embed(tokens) if embeds is None else embeds
         B, T = x.shape[:2]
         plain = positions is None
@@ -145,19 +163,56 @@ class Backbone(nn.Module):
             if cache is not None:
                 positions = positions + cache.lengths[:, None]
         plain = plain and (cache is None or cache.longest == 0)
-        visibility = Visibility(
-            self.config, self.frequency, positions, documents, branches, blocks, plain
+        if real is None and documents is not None:
+            real = (documents.flatten() >= 0).nonzero().squeeze(1)
+            real = None if len(real) == B * T else real
+        view = Visibility(
+            self.config,
+            self.frequency,
+            positions,
+            documents,
+            branches,
+            blocks,
+            plain=plain,
+            real=real,
+            multiple=1 if cache is not None else backends.of(x).tokens_multiple(),
         )
+        chosen = outputs
+        if outputs is not None and real is not None:
+            chosen = torch.searchsorted(real, outputs)
+        x, routing = self._layers(view.flat(x), view, cache, chosen, adapters or {}, context)
+        if cache is not None:
+            cache.advance(T, view)
+        hidden = self.norm(x)
+        return Decoded(view.rows(hidden) if outputs is None else hidden, tuple(routing))
+
+    def _layers(
+        self,
+        x: Tensor,
+        view: Visibility,
+        cache: KVCache | None,
+        chosen: Tensor | None,
+        adapters: Mapping[int, nn.Module],
+        context: Any,
+    ) -> tuple[Tensor, list[Routing]]:
+        """Run all layers on real tokens ``[M, D]``, the last one for the chosen ones alone."""
         routing: list[Routing] = []
         for i, layer in enumerate(self.layers):
-            if adapters and i in adapters:
-                x = adapters[i](x, context)
-            x, routed = layer(x, visibility, cache)
+            if i in adapters:
+                x = view.flat(adapters[i](view.rows(x), context))
+            last = chosen if i == len(self.layers) - 1 else None
+            x, routed = layer(x, view, cache, last)
             if routed is not None:
-                routing.append(routed)
-        if cache is not None:
-            cache.advance(T, visibility)
-        return Decoded(self.norm(x), tuple(routing))
+                places = view.real
+                if last is not None:
+                    places = last if view.real is None else view.real[last]
+                elif view.blank:
+                    counted = slice(-view.blank)
+                    routed = replace(
+                        routed, logits=routed.logits[counted], experts=routed.experts[counted]
+                    )
+                routing.append(replace(routed, places=places))
+        return x, routing
 
     @property
     def frequency(self) -> Tensor:

@@ -1,8 +1,8 @@
 """Examples (one row) and batches (rows stacked), and the way from one to the other."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +45,29 @@ class Example:
         return len(self.tokens)
 
 
+class Places(NamedTuple):
+    """Where tokens of interest stand, found on the host before a batch is copied to a device.
+
+    A place is ``b * T + t``. Found on a GPU, each of them would make the host wait for it.
+
+    Attributes:
+        real: int64 ``[M]``, tokens that are no padding; None when there is no padding.
+        labelled: int64 ``[n]``, tokens with a label.
+        placeholders: int64, tokens that stand for an image feature.
+        tokens: M.
+        placeholder_counts, tile_counts: placeholders and tiles of each row.
+        ordered: whether tiles are in the order of rows and start inside them, left to right.
+    """
+
+    real: Tensor | None
+    labelled: Tensor
+    placeholders: Tensor
+    tokens: int
+    placeholder_counts: tuple[int, ...]
+    tile_counts: tuple[int, ...]
+    ordered: bool
+
+
 @dataclass  # not frozen: Lightning converts precision field by field
 class Batch:
     """Rows stacked for the model. ``documents`` and ``branches`` are None where they say nothing.
@@ -61,6 +84,7 @@ class Batch:
         tile_starts: int64 ``[N]``, where in its row the image of each tile begins.
         kinds: the question type of each answer of the batch.
         name: where the batch comes from (split and sample numbers), for error messages.
+        found: ``places``, once they are known.
     """
 
     tokens: Tensor
@@ -75,6 +99,7 @@ class Batch:
     branches: Tensor | None = None
     kinds: tuple[str, ...] = ()
     name: str = ""
+    found: Places | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, tokens: Tensor, **parts: Any) -> "Batch":
@@ -98,9 +123,49 @@ class Batch:
         return cls(tokens, **(defaults | parts))
 
     @property
-    def real_tokens(self) -> Tensor | None:
-        """Bool ``[B * T]``, False on padding; None when there is none."""
-        return None if self.documents is None else (self.documents >= 0).flatten()
+    def places(self) -> Places:
+        """Where its real, labelled and placeholder tokens are; found at first use, then kept."""
+        if self.found is None:
+            B, T = self.tokens.shape
+            real = None
+            if self.documents is not None:
+                real = (self.documents >= 0).flatten().nonzero().squeeze(1)
+            rows = self.tile_rows
+            self.found = Places(
+                real=None if real is None or len(real) == B * T else real,
+                labelled=(self.labels != IGNORE).flatten().nonzero().squeeze(1),
+                placeholders=self.patches.flatten().nonzero().squeeze(1),
+                tokens=B * T if real is None else len(real),
+                placeholder_counts=tuple(self.patches.sum(1).tolist()),
+                tile_counts=tuple(rows.clamp(0, B - 1).bincount(minlength=B).tolist()),
+                ordered=_in_order(rows, self.tile_starts, B, T),
+            )
+        return self.found
+
+    @property
+    def placeholders(self) -> Tensor:
+        """Places of the placeholders, see ``places``."""
+        return self.places.placeholders
+
+    @property
+    def placeholder_counts(self) -> tuple[int, ...]:
+        """Placeholders of each row."""
+        return self.places.placeholder_counts
+
+    @property
+    def tile_counts(self) -> tuple[int, ...]:
+        """Tiles of each row."""
+        return self.places.tile_counts
+
+    @property
+    def ordered(self) -> bool:
+        """Whether tiles are in the order of rows and start inside them, left to right."""
+        return self.places.ordered
+
+    @property
+    def real_tokens(self) -> int:
+        """The number of tokens without padding."""
+        return self.places.tokens
 
     def answered(self, correct: Tensor) -> Tensor:
         """Whether each answer is right in every token: bool ``[len(kinds)]``.
@@ -109,13 +174,17 @@ class Batch:
         being likeliest given the true ones before them is the same as greedy decoding spelling
         out just this answer.
         """
-        spelled = self.answers >= 0
-        missed = torch.zeros(len(self.kinds), device=correct.device)
-        missed.index_add_(0, self.answers[spelled], (~correct[spelled]).float())
-        return missed == 0
+        labelled = self.places.labelled
+        spelled = self.answers.flatten()[labelled] + 1  # 0: labelled, but of no answer
+        missed = torch.zeros(len(self.kinds) + 1, device=correct.device)
+        missed.index_add_(0, spelled, (~correct.flatten()[labelled]).float())
+        return missed[1:] == 0
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same batch with every tensor on ``device``."""
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
+        """The same batch with every tensor on ``device``.
+
+        The copy of pinned memory does not wait, unless told to: Lightning leaves that to the batch.
+        """
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
@@ -123,9 +192,19 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        old = {f.name: getattr(self, f.name) for f in fields(self)}
-        new: dict[str, Any] = {k: change(v) if isinstance(v, Tensor) else v for k, v in old.items()}
-        return Batch(**new)
+        def changed(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) else value
+
+        new = {f.name: changed(getattr(self, f.name)) for f in fields(self)}
+        return Batch(**new | {"found": Places(*map(changed, self.places))})
+
+
+def _in_order(rows: Tensor, starts: Tensor, B: int, T: int) -> bool:
+    """Whether tiles name tokens of B rows of T tokens, row by row and from left to right."""
+    if len(rows) != len(starts):
+        return False
+    inside = (rows >= 0) & (rows < B) & (starts >= 0) & (starts < T)
+    return bool(inside.all() and ((rows * T + starts).diff() >= 0).all())
 
 
 def collate(examples: Sequence[Example], *, name: str = "") -> Batch:
@@ -161,8 +240,9 @@ def pack(rows: Sequence[Sequence[Example]], *, name: str = "") -> Batch:
             start += len(example)
     as_tensor = torch.from_numpy
     branches = columns.pop("branches")
-    return Batch(
-        **{key: as_tensor(column) for key, column in columns.items()},
+    values: dict[str, Any] = {key: as_tensor(column) for key, column in columns.items()}
+    batch = Batch(
+        **values,
         patches=as_tensor(patches),
         tiles=as_tensor(np.concatenate(tiles)),
         tile_rows=torch.tensor(tile_rows, dtype=torch.int64),
@@ -172,3 +252,5 @@ def pack(rows: Sequence[Sequence[Example]], *, name: str = "") -> Batch:
         kinds=tuple(kinds),
         name=name,
     )
+    assert batch.places  # found by the process that loads, not by the one that trains
+    return batch

@@ -111,8 +111,8 @@ class Pairs:
 
     @property
     def real_tokens(self) -> Tensor:
-        """Bool ``[B * L]``, False on the zeros behind each caption's end."""
-        return (self.tokens.flip(1).cumsum(1).flip(1) > 0).flatten()
+        """The number of tokens without the zeros after each caption's end, int64 ``[]``."""
+        return (self.tokens.flip(1).cumsum(1).flip(1) > 0).sum()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Pairs":
         """The same batch with every tensor on ``device``."""

@@ -187,6 +187,8 @@ class PromptEncoder:
             branch      0      0       0     0   |     1         1     |     2         2
             position    0      1       2     3   |     4         5     |     4         5
 
+        The end-of-turn token of a branch is its last target, and no input.
+
         Raises:
             UserError: the sample has no question or too many images, or an answer is empty.
         """
@@ -259,15 +261,18 @@ class PromptEncoder:
         same = branches[1:] == branches[:-1]
         labels[:-1] = np.where(same, targets[1:], IGNORE)
         answers[:-1] = np.where(same, np.array(stream.answers)[1:], -1)
+        # The last token of a branch predicts nothing, and no other token sees it.
+        read = np.append(same, False) | (branches == 0)
+        place = np.cumsum(read) - 1  # of the tokens that are read
         no_tiles = np.zeros((0, 3, self.tile_size, self.tile_size), dtype=np.uint8)
         return Example(
-            tokens=tokens,
-            labels=labels,
-            positions=np.array(stream.positions, dtype=np.int64),
-            branches=branches,
-            answers=answers,
-            patches=tokens == self.tokenizer.special(PATCH),
+            tokens=tokens[read],
+            labels=labels[read],
+            positions=np.array(stream.positions, dtype=np.int64)[read],
+            branches=branches[read],
+            answers=answers[read],
+            patches=tokens[read] == self.tokenizer.special(PATCH),
             kinds=tuple(kinds),
             tiles=np.concatenate([no_tiles, *stream.tiles]),
-            tile_starts=np.array(stream.tile_starts, dtype=np.int64),
+            tile_starts=place[np.array(stream.tile_starts, dtype=np.int64)],
         )

@@ -9,8 +9,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-import torch
-
 from sandbox.data.batch import Batch, collate
 from sandbox.data.prompt import Prompt, Turn, context
 from sandbox.data.task import Question, Sample, Split, Task
@@ -169,8 +167,9 @@ def expert_load(
     with inference(model):
         batch = _batch(model, [task.sample(split, index) for index in indices], name=split)
         patches = batch.patches.flatten()
-        real = torch.ones_like(patches) if batch.real_tokens is None else batch.real_tokens
-        masks = {"image": patches, "text": real & ~patches}
+        if batch.places.real is not None:
+            patches = patches[batch.places.real]
+        masks = {"image": patches.float(), "text": (~patches).float()}
         return {
             routing.layer: {
                 name: (load / load.sum()).tolist()

@@ -81,9 +81,9 @@ class Align(NextToken):
     def forward(self, batch: Batch) -> Output:
         """The model's output; its loss holds the auxiliary one, too."""
         if self.contrast is None:
-            return self.model(batch)
+            return self.model(batch, labelled_only=True)
         features = self.model.features(batch)
-        output: Output = self.model(batch, features=features)
+        output: Output = self.model(batch, features=features, labelled_only=True)
         if features is None or (found := _captions(batch)) is None:
             raise UserError(
                 f"{batch.name}: the contrastive loss needs images with captions; set the task to "

@@ -307,8 +307,7 @@ class RunRecord(Callback):
         batch_idx: int,
     ) -> None:
         """Add this batch; its tokens stay on the device, which reading them would wait for."""
-        real = batch.real_tokens
-        self._tokens = self._tokens + (batch.tokens.numel() if real is None else real.sum())
+        self._tokens = self._tokens + batch.real_tokens
         self._samples += len(batch.tokens)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

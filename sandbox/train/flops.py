@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sandbox.backbone import causal
+from sandbox.backbone.backends import causal
 from sandbox.train.objective import Objective
 
 # --- Of a step ------------------------------------------------------------------------------------

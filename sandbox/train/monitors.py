@@ -19,7 +19,7 @@ from rich.progress import Progress as RichProgress
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sandbox.backbone.moe import max_violation
+from sandbox.backbone.moe import Routing, max_violation
 from sandbox.data.batch import Batch
 from sandbox.data.module import VQAData
 from sandbox.data.prompt import Prompt
@@ -30,12 +30,12 @@ from sandbox.train.flops import flop_counter, matmul_peak
 
 
 class RoutingMonitor(Callback):
-    """Logs where routers send text and image tokens, over the steps since it last logged.
+    """Logs where routers send the text and image tokens of the steps at which the Trainer logs.
 
     For each mixture layer: ``routing/load`` (share of a modality's visits that an expert gets),
     ``routing/entropy`` (mean, in nats, of the softmax of the logits) and ``routing/max_violation``
     (0 is even), by modality; for the load of all tokens, ``routing/max_violation/layer{i}``.
-    Padding does not count.
+    Padding does not count, and the last layer routes labelled tokens alone.
 
     Args:
         experts: log the load of every single expert, which is many curves in a large model.
@@ -45,7 +45,6 @@ class RoutingMonitor(Callback):
 
     def __init__(self, experts: bool = True) -> None:
         self.experts = experts
-        self._sums: Tensor | None = None
 
     def on_train_batch_end(
         self,
@@ -55,23 +54,15 @@ class RoutingMonitor(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        """Add this batch; log when it is time."""
+        """Log when it is time; other steps cost nothing."""
         routing = outputs["output"].routing
-        if not routing:
+        if not routing or not _is_due(trainer):
             return
-        modality = batch.patches.long().flatten()
-        if batch.real_tokens is not None:
-            modality = modality.masked_fill(~batch.real_tokens, len(self.modalities))
-        logits = torch.stack([layer.logits.detach() for layer in routing])
-        experts = torch.stack([layer.experts for layer in routing])
-        sums = routing_sums(logits, experts, modality, len(self.modalities))
-        self._sums = sums if self._sums is None else self._sums + sums
-        if _is_due(trainer):
-            total = trainer.strategy.reduce(self._sums, reduce_op="sum").cpu()
-            self._sums = None
-            layers = [layer.layer for layer in routing]
-            for logger in trainer.loggers:
-                logger.log_metrics(self._metrics(total, layers), step=trainer.global_step - 1)
+        sums = torch.stack([routing_sums(layer, batch.patches) for layer in routing])
+        total = trainer.strategy.reduce(sums, reduce_op="sum").cpu()
+        layers = [layer.layer for layer in routing]
+        for logger in trainer.loggers:
+            logger.log_metrics(self._metrics(total, layers), step=trainer.global_step - 1)
 
     def _metrics(self, sums: Tensor, layers: list[int]) -> dict[str, float]:
         metrics: dict[str, float] = {}
@@ -92,25 +83,31 @@ class RoutingMonitor(Callback):
         return metrics
 
 
-def routing_sums(logits: Tensor, experts: Tensor, modality: Tensor, modalities: int) -> Tensor:
-    """Sums over tokens, by layer and modality: fp32 ``[L, modalities, E + 2]``.
+def routing_sums(routing: Routing, patches: Tensor) -> Tensor:
+    """Sums over the tokens of a layer by modality, text and image: fp32 ``[2, E + 2]``.
 
     The last axis holds the visits of each expert, the summed entropy, and the tokens.
 
     Args:
-        logits: ``[L, M, E]``.
-        experts: int64 ``[L, M, k]``, the experts each token visits.
-        modality: int64 ``[M]``.
-        modalities: how many there are; tokens of this very number do not count.
+        routing: what the layer's router did.
+        patches: bool ``[B, T]``, True on image tokens.
     """
-    L, M, E = logits.shape
-    per_token = torch.zeros(L, M, E + 2, device=logits.device)
-    per_token.scatter_(2, experts, 1.0)
-    log_p = logits.float().log_softmax(dim=-1)
-    per_token[:, :, E] = -(log_p.exp() * log_p).sum(dim=-1)
-    per_token[:, :, E + 1] = 1.0
-    sums = torch.zeros(L, modalities + 1, E + 2, device=logits.device)
-    return sums.index_add_(1, modality, per_token)[:, :modalities]
+    E = routing.logits.shape[-1]
+    image = patches.flatten().long()
+    if routing.places is not None:
+        image = image[routing.places]
+    # Histograms: a tensor of tokens by experts would take hundreds of megabytes in a large model.
+    visits = torch.bincount((image[:, None] * E + routing.experts).flatten(), minlength=2 * E)
+    log_p = routing.logits.detach().float().log_softmax(dim=-1)
+    entropy = -(log_p.exp() * log_p).sum(dim=-1)
+    return torch.cat(
+        (
+            visits.view(2, E).float(),
+            torch.bincount(image, weights=entropy, minlength=2).float()[:, None],
+            torch.bincount(image, minlength=2).float()[:, None],
+        ),
+        dim=1,
+    )
 
 
 # --- Throughput -----------------------------------------------------------------------------------
@@ -121,7 +118,7 @@ class Throughput(Callback):
 
     ``throughput/utilization`` divides the FLOPs of forward and backward (see ``flop_counter``) by
     what one large matmul of the same precision achieved on this device when training started. They
-    are counted over the first step and scaled by batch shape; optimizer, data loading and logging
+    are counted over the first step and scaled by its tokens; optimizer, data loading and logging
     take time but count as no FLOPs. ``throughput/data_wait`` is the share of time between batches:
     loading, or waiting for workers that do (and callbacks listed after this one; a GPU may go on
     meanwhile).
@@ -129,7 +126,7 @@ class Throughput(Callback):
     """
 
     def __init__(self) -> None:
-        self._flops_per_place: float | None = None  # a place is a token or padding
+        self._flops_per_token: float | None = None
         self._peak = 0.0
         self._counter: FlopCounterMode | None = None
         self._flops = 0
@@ -138,7 +135,7 @@ class Throughput(Callback):
     def _clear(self) -> None:
         self._since: float | None = None
         self._stopped: float | None = None
-        self._samples = self._places = 0
+        self._samples = 0
         self._waited = self._ended = 0.0
         self._tokens: Tensor | int = 0
 
@@ -155,7 +152,7 @@ class Throughput(Callback):
     ) -> None:
         """Count the FLOPs of the first step, and the time since the last one."""
         now = time.perf_counter()
-        if self._flops_per_place is None:
+        if self._flops_per_token is None:
             self._counter = flop_counter()
             self._counter.__enter__()
         elif self._since is None:
@@ -188,18 +185,18 @@ class Throughput(Callback):
         batch_idx: int,
     ) -> None:
         """Add this batch; log when it is time."""
-        if self._flops_per_place is None:
-            self._flops_per_place = self._flops / batch.tokens.numel()
+        if self._flops_per_token is None:
+            self._flops_per_token = self._flops / int(batch.real_tokens)
             return  # counting is slow: this step tells nothing of speed
-        real = batch.real_tokens
-        self._tokens = self._tokens + (batch.tokens.numel() if real is None else real.sum())
-        self._places += batch.tokens.numel()
+        self._tokens = self._tokens + batch.real_tokens
         self._samples += len(batch.tokens)
         if not _is_due(trainer):
             self._ended = time.perf_counter()
             return
-        flops = self._places * self._flops_per_place
-        tokens = int(self._tokens)  # waits for the device, so the time below is complete
+        tokens = int(self._tokens)
+        flops = tokens * self._flops_per_token
+        if pl_module.device.type != "cpu":
+            torch.accelerator.synchronize(pl_module.device)  # so that the time below is complete
         assert self._since is not None
         seconds = time.perf_counter() - self._since
         pl_module.log_dict(

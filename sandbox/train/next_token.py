@@ -38,7 +38,7 @@ class NextToken(Objective):
 
     def forward(self, batch: Batch) -> Output:
         """The model's output, whose loss is minimised."""
-        return self.model(batch)
+        return self.model(batch, labelled_only=True)
 
     def loss(self, batch: Batch) -> Tensor:
         """What a training step minimises: the loss of the model's output."""
@@ -50,7 +50,7 @@ class NextToken(Objective):
         with torch.no_grad():
             if self.model.backbone.config.balance == "bias":
                 for layer in output.routing:
-                    load = layer.load(batch.real_tokens)
+                    load = layer.load()
                     self._load[layer.layer] = self._load.get(layer.layer, 0) + load
             answered = batch.answered(output.correct).float().mean()
         size = len(batch.tokens)

@@ -1,11 +1,11 @@
-"""Who may see whom: the rule, its drawings, and the folded ways of computing it."""
+"""Who may see whom: the rule, its drawings, and what it means for a model."""
 
 import pytest
 import torch
 
-from sandbox.backbone.attention import Coordinates, Visibility, attend, visible
 from sandbox.backbone.config import BackboneConfig
 from sandbox.backbone.transformer import Backbone
+from sandbox.backbone.visibility import Coordinates, visible
 
 
 def drawn(picture: str) -> torch.Tensor:
@@ -91,58 +91,6 @@ def test_blocks_end_with_their_document_and_branch(documents, branches):
     assert (seen ^ causal).equal(drawn(picture))
 
 
-CONFIG = BackboneConfig(chunk=5)
-
-
-def random_qkv(B: int, T: int):
-    """Queries of four heads, keys and values of two, with gradients."""
-    torch.manual_seed(0)
-    return [torch.randn(B, T, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
-
-
-def compare(view: Visibility, mask: torch.Tensor, qkv) -> None:
-    """Folded attention and its gradients equal the dense mask's."""
-    results = []
-    for out in (view.attend(*qkv, local=True), attend(*qkv, mask)):
-        results.append((out, *torch.autograd.grad(out.square().sum(), qkv)))
-    for folded, dense in zip(*results, strict=True):
-        torch.testing.assert_close(folded, dense, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("T", [4, 5, 11, 30])
-def test_folding_plain_rows_is_exact(T):
-    """Guards against a chunk edge off by one and against padding that leaks."""
-    positions = torch.arange(T).expand(2, T)
-    view = Visibility(CONFIG, torch.ones(4), positions, plain=True)
-    compare(view, visible(view.coordinates, view.coordinates, 5), random_qkv(2, T))
-
-
-@pytest.mark.parametrize("seen", ["causal", "blocks"])
-def test_folding_packed_rows_is_exact(seen):
-    """Guards against documents whose chunks, and blocks there, do not line up with the folds."""
-    lengths = [[13, 9, 3], [7, 12, 4]]
-    positions = torch.stack(
-        [
-            torch.cat([torch.arange(n) for n in row] + [torch.zeros(25 - sum(row))])
-            for row in lengths
-        ]
-    ).long()
-    documents = torch.full((2, 25), -1)
-    for b, row in enumerate(lengths):
-        start = 0
-        for d, n in enumerate(row):
-            documents[b, start : start + n] = d
-            start += n
-    blocks = positions // 4 if seen == "blocks" else None  # across chunks, and across folds
-    view = Visibility(CONFIG, torch.ones(4), positions, documents, blocks=blocks)
-    mask = visible(view.coordinates, view.coordinates, 5)
-    qkv = random_qkv(2, 25)
-    folded = view.attend(*qkv, local=True)
-    real = documents >= 0
-    torch.testing.assert_close(folded[real], attend(*qkv, mask)[real], atol=1e-5, rtol=1e-5)
-    assert not folded.isnan().any()
-
-
 def small(**changes) -> Backbone:
     """A backbone with local and global layers."""
     torch.manual_seed(0)
@@ -197,14 +145,6 @@ def test_temperature_follows_true_positions_under_packing():
     assert not torch.allclose(shifted, model(tokens).hidden, atol=1e-4)
 
 
-@pytest.mark.parametrize("T", [9, 15, 16, 31])
-def test_rows_of_one_document_with_blocks_are_exact(T):
-    """Guards against an image that loses what it sees ahead, where rows are folded and not."""
-    positions = torch.arange(T).expand(2, T)
-    view = Visibility(CONFIG, torch.ones(4), positions, blocks=positions // 3 % 4, plain=True)
-    compare(view, visible(view.coordinates, view.coordinates, 5), random_qkv(2, T))
-
-
 def test_blocks_of_one_token_are_causal():
     """Guards against a block that changes more than the order within it."""
     model = small()
@@ -213,3 +153,42 @@ def test_blocks_of_one_token_are_causal():
     torch.testing.assert_close(alone, model(tokens).hidden, atol=2e-5, rtol=0)
     together = model(tokens, blocks=torch.ones_like(tokens)).hidden
     assert not torch.allclose(together, alone, atol=1e-2)
+
+
+def test_padding_is_never_computed():
+    """Guards against rows that cost what the longest row costs: M counts real tokens alone."""
+    model = small(experts=3)
+    tokens = torch.randint(0, 50, (3, 40))
+    lengths = torch.tensor([40, 7, 11])
+    documents = torch.where(torch.arange(40) < lengths[:, None], 0, -1)
+    decoded = model(tokens, documents=documents)
+    assert [len(routing.logits) for routing in decoded.routing] == [40 + 7 + 11] * 4
+    assert decoded.hidden.shape == (3, 40, 96)
+    assert not decoded.hidden[documents < 0].any()
+    for row, n in enumerate(lengths.tolist()):
+        alone = model(tokens[row : row + 1, :n]).hidden[0]
+        torch.testing.assert_close(decoded.hidden[row, :n], alone, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_chosen_outputs_are_those_of_the_whole_pass(padded):
+    """Guards against a last layer that computes the wrong tokens, or drops their gradient."""
+    model = small(experts=3, balance="none")
+    tokens = torch.randint(0, 50, (2, 21))
+    documents = torch.zeros_like(tokens)
+    if padded:
+        documents[1, 15:] = -1
+    outputs = torch.tensor([0, 5, 20, 22, 30, 35])
+    whole = model(tokens, documents=documents).hidden.flatten(0, 1)[outputs]
+    expected = torch.autograd.grad(
+        whole.square().sum(), list(model.parameters()), allow_unused=True
+    )
+    some = model(tokens, documents=documents, outputs=outputs)
+    found = torch.autograd.grad(
+        some.hidden.square().sum(), list(model.parameters()), allow_unused=True
+    )
+    torch.testing.assert_close(some.hidden, whole, atol=2e-5, rtol=0)
+    for name, mine, other in zip(dict(model.named_parameters()), found, expected, strict=True):
+        if other is not None:
+            torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4, msg=name)
+    assert some.routing[-1].places.tolist() == outputs.tolist()

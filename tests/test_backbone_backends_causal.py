@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sandbox.backbone import causal
-from sandbox.backbone.attention import Coordinates, visible
+from sandbox.backbone.backends import causal
+from sandbox.backbone.visibility import Coordinates, visible
 
 
 @pytest.mark.parametrize(

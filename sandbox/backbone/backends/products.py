@@ -1,0 +1,118 @@
+"""Matrix products on a CPU by the library that is faster there.
+
+Torch multiplies fp32 matrices by Intel's MKL, which takes its AVX2 path on processors of other
+vendors. oneDNN, which torch ships too, uses AVX-512 wherever it is: on an AMD EPYC with AVX-512 its
+products took 0.4 to 0.6 of the time (experiments/LOG.md). But oneDNN compiles a kernel for every
+new shape, which takes longer than most products: so tokens, and the visits of an expert, are padded
+to multiples of ``ROWS``. The choice depends on the processor and on shapes alone, never on a
+measurement, so that a resumed run computes the same bits.
+"""
+
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+ROWS = 64  # tokens and visits are padded to a multiple of this
+SHAPES = 16  # oneDNN multiplies only numbers of rows that are multiples of this
+SMALLEST = 1 << 20  # multiply-adds from which oneDNN's cost per call is repaid
+
+
+@cache
+def by_onednn() -> bool:
+    """Whether fp32 products run on oneDNN: AVX-512 on a processor that is not Intel's."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
+        return False
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and _vendor() != "GenuineIntel"
+
+
+def _vendor() -> str:
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return next((name for name in ("GenuineIntel",) if name in platform.processor()), "other")
+    lines = (line.split(":") for line in info.read_text().splitlines() if "vendor_id" in line)
+    return next((value.strip() for _, value in lines), "other")
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a [m, k] @ b.T`` for ``b [n, k]``; both may be transposed views. No gradient."""
+    if by_onednn() and a.dtype == torch.float32 and len(a) * b.numel() >= SMALLEST:
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return a @ b.T
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x [..., k] @ weight.T`` for ``weight [n, k]``, with gradients."""
+    rows = x.numel() // x.shape[-1]
+    fits = rows % SHAPES == 0 and rows * weight.numel() >= SMALLEST
+    fits = fits and x.dtype == weight.dtype == torch.float32
+    if not (by_onednn() and fits) or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight)
+    return _Linear.apply(x, weight)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x.flatten(0, -2), weight).view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        gradient = gradient.flatten(0, -2)
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_x = product(gradient, weight.T).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            of_weight = product(gradient.T, x.flatten(0, -2).T)
+        return of_x, of_weight
+
+
+def tokens_multiple() -> int:
+    """The number that real tokens are padded to a multiple of; 1 for no padding."""
+    return ROWS if by_onednn() else 1
+
+
+def visits_multiple(dtype: torch.dtype, visits: int, experts: int) -> int:
+    """The same for the visits of an expert: 1 where padding would add much to them."""
+    compiled = by_onednn() if dtype == torch.float32 else dtype == torch.bfloat16
+    return ROWS if compiled and visits >= 2 * ROWS * experts else 1
+
+
+def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Rows ``ends[e - 1] .. ends[e]`` of ``x [M, k]`` times ``weights[e] [k, n]``: ``[M, n]``."""
+    padded = visits_multiple(x.dtype, len(x), len(weights)) > 1
+    if by_onednn() and x.dtype == weights.dtype == torch.float32 and padded:
+        return _Grouped.apply(x, weights, ends)
+    return F.grouped_mm(x, weights, offs=ends)
+
+
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+        ctx.save_for_backward(x, weights)
+        ctx.sizes = sizes
+        groups = zip(x.split(sizes), weights, strict=True)
+        return torch.cat([product(rows, weight.T) for rows, weight in groups])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weights = ctx.saved_tensors
+        of_x = of_weights = None
+        parts = gradient.split(ctx.sizes)
+        if ctx.needs_input_grad[0]:
+            groups = zip(parts, weights, strict=True)
+            of_x = torch.cat([product(part, weight) for part, weight in groups])
+        if ctx.needs_input_grad[1]:
+            groups = zip(x.split(ctx.sizes), parts, strict=True)
+            of_weights = torch.stack([product(rows.T, part.T) for rows, part in groups])
+        return of_x, of_weights, None
