@@ -40,6 +40,7 @@ __all__ = [
 # --- Attention ------------------------------------------------------------------------------------
 
 
+@torch.compiler.disable
 def attend(
     q: Tensor, k: Tensor, v: Tensor, view: Visibility, *, local: bool, chosen: Tensor | None = None
 ) -> Tensor:
@@ -54,6 +55,7 @@ def attend(
     return _in_fp32(how, q, k, v)
 
 
+@torch.compiler.disable
 def attend_behind(
     q: Tensor, k: Tensor, v: Tensor, view: Visibility, lengths: Tensor, *, chunk: int | None
 ) -> Tensor:

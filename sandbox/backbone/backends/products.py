@@ -23,6 +23,7 @@ SHAPES = 16  # oneDNN multiplies only numbers of rows that are multiples of this
 SMALLEST = 1 << 20  # multiply-adds from which oneDNN's cost per call is repaid
 
 
+@torch.compiler.assume_constant_result
 @cache
 def by_onednn() -> bool:
     """Whether fp32 products run on oneDNN: AVX-512 on a processor that is not Intel's."""
