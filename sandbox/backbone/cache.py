@@ -31,8 +31,11 @@ class KVCache:
         ]
         slots = [min(config.chunk or capacity, capacity) if x else capacity for x in self.local]
         shapes = [(rows, s, config.kv_heads, config.head_dim) for s in slots]
-        self.keys = [like.new_zeros(shape) for shape in shapes]
-        self.values = [like.new_zeros(shape) for shape in shapes]
+        device, dtype = like.device.type, like.dtype
+        if torch.is_autocast_enabled(device):  # keys and values are products
+            dtype = torch.get_autocast_dtype(device)
+        self.keys = [like.new_zeros(shape, dtype=dtype) for shape in shapes]
+        self.values = [like.new_zeros(shape, dtype=dtype) for shape in shapes]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=like.device)
         self.longest = 0
         self.even = True

@@ -110,7 +110,7 @@ class Batch:
         out just this answer.
         """
         spelled = self.answers >= 0
-        missed = torch.zeros(len(self.kinds), device=correct.device)
+        missed = torch.zeros(len(self.kinds), dtype=torch.float32, device=correct.device)
         missed.index_add_(0, self.answers[spelled], (~correct[spelled]).float())
         return missed == 0
 
