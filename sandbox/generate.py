@@ -81,7 +81,8 @@ class Sampling:
         if len(seeds) != rows:
             raise UserError(f"sampling: {len(seeds)} seeds for {rows} prompts: give one for each")
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return torch.stack([torch.rand(self.max_tokens, generator=g) for g in generators])
+        drawn = {"size": (self.max_tokens,), "dtype": torch.float32}
+        return torch.stack([torch.rand(**drawn, generator=g) for g in generators])
 
 
 @contextmanager
