@@ -72,7 +72,9 @@ def choose(device: str = AUTO, precision: str = AUTO) -> Placement:
         device = "cuda" if "cuda:0" in existing else "cpu"
     named = "cuda:0" if device == "cuda" else device
     if named not in existing:
-        raise UserError(f"--device {device}: there is no such device; here are {', '.join(existing)}")
+        raise UserError(
+            f"--device {device}: there is no such device; here are {', '.join(existing)}"
+        )
     placement = Placement(torch.device(device), precision)
     if lack := _lacks_bf16(placement.device) if precision.startswith("bf16") else "":
         raise UserError(f"--precision {precision}: {device} {lack}; use 32-true or auto")

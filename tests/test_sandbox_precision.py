@@ -238,14 +238,14 @@ def shapes(folder: Path, images: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         PILImage.new("RGB", (64, 64), tuple(rng.choices(range(256), k=3))).save(path)
         records.append(["what color is the shape?", rng.choice(["red", "blue"]), number])
-        records.append(["is there a circle?", rng.choice(["yes", "no"]), number])
+        records.append(["what shape is in the image?", "circle", number])
     (folder / "questions.json").write_text(json.dumps(records))
 
 
 def easy_vqa(root: Path) -> Path:
     for split in ("train", "test"):
         shapes(root / split, 40)
-    (root / "answers.txt").write_text("red\nblue\nyes\nno\n")
+    (root / "answers.txt").write_text("red\nblue\ncircle\n")
     return root
 
 

@@ -6,6 +6,7 @@ of every query with every key forwards, and four backwards.
 """
 
 import copy
+import time
 from functools import partial
 from typing import Any
 
@@ -17,10 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from encoders.llama4_vit import Llama4Vision
 from encoders.metaclip import MetaCLIP
 from fusion.cross_attention import CrossAttention
-from sandbox.backbone.config import BackboneConfig
+from fusion.early import EarlyFusion
+from sandbox.backbone.config import BackboneConfig, preset
 from sandbox.backbone.moe import Experts
-from sandbox.data.batch import Batch
+from sandbox.data.batch import Batch, collate
 from sandbox.data.captions import Pairs
+from sandbox.data.charts import Charts
+from sandbox.meta import without_memory
 from sandbox.train.contrastive import Contrastive, TextTower
 from sandbox.train.flops import flop_counter, matmul_peak, step_flops
 from sandbox.train.pretrain import Pretrain
@@ -145,6 +149,66 @@ def test_a_contrastive_step_is_counted_without_a_trainer():
     writer = 6 * B * text_length * (12 * text_width**2 + 2 * text_length * text_width)
     heads = 6 * B * (V + text_width) * both + 6 * 2 * B * B * both
     assert step_flops(module, batch) == tower + writer + heads
+
+
+# --- A step, by running it ------------------------------------------------------------------------
+
+
+def charts(fusion: Any, **options: Any) -> tuple[Pretrain, Batch]:
+    """A model that reads charts, and a batch of them: padded rows, images and branches."""
+    encoder = MetaCLIP(tile_size=32, patch_size=8, width=32, layers=1, heads=2)
+    model = Pretrain(encoder, fusion, BackboneConfig(**SHAPE, **options))
+    samples = [Charts(size=32).sample("train", index) for index in range(3)]
+    return model, collate([model.model.prompts.encode_sample(sample) for sample in samples])
+
+
+@pytest.mark.parametrize(
+    ("fusion", "options"),
+    [
+        (EarlyFusion, {"experts": 4}),
+        (EarlyFusion, {"experts": 4, "balance": "loss", "router_z_loss": 0.01, "tied": True}),
+        (partial(EarlyFusion, bidirectional=True), {"experts": 0}),
+        (partial(CrossAttention, layers=[1]), {"experts": 4, "top_k": 2}),
+    ],
+)
+def test_shapes_alone_count_what_running_counts(fusion: Any, options: dict[str, Any]) -> None:
+    """Guards against a count on shapes that misses an operation: one that a mask picks rows for,
+    that a tied weight takes part in twice, or that fusion adds for as many tiles as there are.
+    """
+    torch.manual_seed(0)
+    model, batch = charts(fusion, **options)
+    with sdpa_kernel(SDPBackend.MATH), flop_counter() as counter:
+        loss = model.train().loss(batch)
+        torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    assert step_flops(model, batch) == counter.get_total_flops() > 0
+
+
+def test_a_large_model_is_counted_without_memory() -> None:
+    """Guards against weights, activations or gradients that counting allocates or multiplies: this
+    model has 60 GB of them, and one pass takes 20 TFLOP.
+    """
+    with without_memory():
+        model = Pretrain(backbone=preset("1b"))
+    weights = {p.device.type for p in model.parameters()}
+    assert weights == {"meta"}
+    spent = time.process_time()
+    flops = step_flops(model, batch_of(4, 512, 10))
+    spent = time.process_time() - spent
+    active = 1e9  # by the preset's name
+    assert 6 * active * 4 * 512 * 0.8 < flops < 6 * active * 4 * 512 * 1.3
+    assert spent < 60
+
+
+def test_a_shape_that_hangs_on_weights_is_told() -> None:
+    """Guards against a wrong count in place of an error, where the host reads a float."""
+
+    class Reading(Pretrain):
+        def loss(self, batch: Batch) -> Tensor:
+            loss = super().loss(batch)
+            return loss if loss.item() > 0 else -loss
+
+    with pytest.raises(RuntimeError, match="meta"):
+        step_flops(Reading(backbone=BackboneConfig(**SHAPE)), batch_of(1, 8, 2))
 
 
 # --- What counting leaves behind ------------------------------------------------------------------
