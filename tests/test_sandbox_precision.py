@@ -94,7 +94,7 @@ def check(run: Path, precision: str) -> None:
     weights = {name: each for name, each in tensors.items() if name.endswith("weight")}
     assert weights and {each.dtype for each in weights.values()} == {dtype}
     assert all(each.isfinite().all() for each in tensors.values())
-    logged = [row for row in csv.DictReader((run / "metrics/metrics.csv").open())]
+    logged = list(csv.DictReader((run / "metrics/metrics.csv").open()))
     values = [float(value) for row in logged for value in row.values() if value]
     assert values and all(map(math.isfinite, values))
     losses = [float(row["train/loss"]) for row in logged if row.get("train/loss")]

@@ -1,4 +1,4 @@
-"""Sweeps on the GPUs of one machine, which are faked: each run sees its own, and gives them back."""
+"""Sweeps on the GPUs of one machine, which are faked: each run holds its own until it ends."""
 
 import argparse
 import os
