@@ -8,14 +8,14 @@ import argparse
 import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from sandbox.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-    from sandbox.model import VisionLanguageModel
+Model = TypeVar("Model", bound="torch.nn.Module")
 
 AUTO = "auto"
 PRECISIONS = (AUTO, "32-true", "bf16-mixed", "bf16-true")
@@ -36,7 +36,7 @@ class Placement:
     device: "torch.device"
     precision: str = AUTO
 
-    def place(self, model: "VisionLanguageModel") -> "VisionLanguageModel":
+    def place(self, model: Model) -> Model:
         """Move ``model`` to the device, in place; ``*-true`` also casts its weights."""
         import torch
 
@@ -72,9 +72,8 @@ def choose(device: str = AUTO, precision: str = AUTO) -> Placement:
         device = "cuda" if "cuda:0" in existing else "cpu"
     named = "cuda:0" if device == "cuda" else device
     if named not in existing:
-        raise UserError(
-            f"--device {device}: there is no such device; here are {', '.join(existing)}"
-        )
+        here = ", ".join(existing)
+        raise UserError(f"--device {device}: there is no such device; here are {here}")
     placement = Placement(torch.device(device), precision)
     if lack := _lacks_bf16(placement.device) if precision.startswith("bf16") else "":
         raise UserError(f"--precision {precision}: {device} {lack}; use 32-true or auto")

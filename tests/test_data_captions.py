@@ -342,7 +342,7 @@ def test_pinned_pairs_are_copied_without_waiting(
     pinned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards against page-locked memory in vain: Lightning calls ``batch.to(device)`` bare, and the
-    host then waited for each tensor. (Unpinned memory may change before a late copy reads it.)
+    host then waited for each tensor; and against copies that read other memory too late.
     """
     asked: list[bool] = []
     copy = torch.Tensor.to
