@@ -93,9 +93,11 @@ def available() -> list[str]:
 
 
 def slow_bf16_mixed() -> bool:
-    """Whether autocast to bf16 slows the CPU down: an x86 one without AMX.
+    """Whether autocast to bf16 may slow training down here: on an x86 CPU without AMX.
 
-    Such a CPU multiplies bf16 hardly faster than fp32, and pays for every cast.
+    Measured on an AMD EPYC with AVX512-BF16, forward and backward against fp32: 0.83 to 0.88 of the
+    speed for ``quickstart.yaml``, 1.05 to 1.09 for ``chartqa_generated.yaml``, whose tiles are
+    large, and 1.18 for ``text_lm.yaml`` with the 5m preset.
     """
     import torch
 

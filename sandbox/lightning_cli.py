@@ -40,7 +40,7 @@ HELP = (
 # What Lightning runs as autocast to bf16 on a CPU.
 MIXED = ("bf16-mixed", "bf16", "16-mixed", "16", 16)
 SLOW_MIXED = (
-    "slower than 32-true on a CPU without AMX, so this runs in 32-true; to keep it, put "
+    "it slows small models on a CPU without AMX, so this runs in 32-true; to keep it, put "
     "Lightning's MixedPrecision in trainer.plugins"
 )
 
