@@ -80,6 +80,8 @@ class VisionEncoder(nn.Module, ABC):
             )
         parameter = next(self.parameters(), None)
         dtype = parameter.dtype if parameter is not None else torch.float32
-        mean = torch.tensor(self.mean, device=tiles.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=tiles.device).view(3, 1, 1)
+        mean, std = (
+            torch.tensor(each, dtype=torch.float32, device=tiles.device).view(3, 1, 1)
+            for each in (self.mean, self.std)
+        )
         return ((tiles.float() / 255 - mean) / std).to(dtype)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sandbox import arguments
+from sandbox.devices import add_placement, choose
 from sandbox.errors import UserError, fail
 from sandbox.evals.command import add_evaluate
 from sandbox.evals.score import add_score
@@ -113,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     ask.add_argument("--max-tokens", type=int, default=64, help="default: 64")
     ask.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     ask.add_argument("--stop", action="append", default=[], help="end at this; may be repeated")
+    add_placement(ask)
     ask.set_defaults(handler=_ask)
 
     imported = commands.add_parser(
@@ -236,12 +238,15 @@ def _ask(args: argparse.Namespace) -> int:
     prompt = Prompt(
         [Turn("user", [*map(Image, images), *(Video(*clip) for clip in clips), args.question])]
     )
+    placement = choose(args.device, args.precision)
+    model = placement.place(load_model(checkpoint))
     answer, shown = "", 0
-    for _, piece in load_model(checkpoint).stream([prompt], **sampling):
-        answer += piece
-        # White space at the end waits for what follows it, and at the start it is never shown.
-        print(answer.strip()[shown:], end="", flush=True)
-        shown = len(answer.strip())
+    with placement.context():
+        for _, piece in model.stream([prompt], **sampling):
+            answer += piece
+            # White space at the end waits for what follows it, and at the start it is never shown.
+            print(answer.strip()[shown:], end="", flush=True)
+            shown = len(answer.strip())
     print()
     return 0
 

@@ -81,7 +81,8 @@ class Sampling:
         if len(seeds) != rows:
             raise UserError(f"sampling: {len(seeds)} seeds for {rows} prompts: give one for each")
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return torch.stack([torch.rand(self.max_tokens, generator=g) for g in generators])
+        n, precise = self.max_tokens, torch.float32  # whatever the default dtype
+        return torch.stack([torch.rand(n, generator=g, dtype=precise) for g in generators])
 
 
 @contextmanager

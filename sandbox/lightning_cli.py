@@ -8,6 +8,7 @@ import argparse
 import difflib
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from sandbox.backbone.config import PRESETS, BackboneConfig
 from sandbox.checkpoint import load_weights, read_checkpoint
+from sandbox.devices import available, slow_bf16_mixed
 from sandbox.errors import UserError
 from sandbox.evals.controls import PREDICTIONS, Controls
 from sandbox.evals.run import evaluate, with_replies, write_predictions
@@ -33,6 +35,13 @@ HELP = (
     "--out DIR is its directory, new or empty; for fit, --resume PATH goes on in a run directory, "
     "or from a checkpoint inside one, with the configuration saved there, which later files and "
     "options override."
+)
+
+# What Lightning runs as autocast to bf16 on a CPU.
+MIXED = ("bf16-mixed", "bf16", "16-mixed", "16", 16)
+SLOW_MIXED = (
+    "it slows small models on a CPU without AMX, so this runs in 32-true; to keep it, put "
+    "Lightning's MixedPrecision in trainer.plugins"
 )
 
 
@@ -110,10 +119,19 @@ class SandboxCLI(LightningCLI):
         """Lightning would let the checkpoint's hyper-parameters override the command line."""
 
     def before_instantiate_classes(self) -> None:
-        """Read checkpoints without running code from them, unless the configuration says so."""
+        """Read checkpoints without code, unless configured; replace a mixed precision that slows.
+
+        On a CPU without AMX, ``bf16-mixed`` becomes ``32-true``. A precision plugin in
+        ``trainer.plugins`` stays, as does ``bf16-true``, and a Trainer made in Python is not asked.
+        """
         config = self.config[self.subcommand]
         if config.get("weights_only") is None:
             config["weights_only"] = True
+        trainer = config.trainer
+        if trainer.precision in MIXED and _on_cpu(trainer.accelerator) and slow_bf16_mixed():
+            if _first_process():
+                print(f"precision {trainer.precision}: {SLOW_MIXED}", file=sys.stderr)
+            trainer["precision"] = "32-true"
         if self.subcommand == "fit":
             return
         if config.ckpt_path is not None:
@@ -174,14 +192,18 @@ class SandboxCLI(LightningCLI):
         """Write every question of the tested splits with the model's reply."""
         if path := kwargs.get("ckpt_path"):
             load_weights(model.model, read_checkpoint(path)[1], source=path)
-        network = model.model.to(self.trainer.strategy.root_device)
+        precision = self.trainer.precision_plugin
+        network: Any = precision.convert_module(model.model)
+        network.to(self.trainer.strategy.root_device)
         out = Path(self.trainer.default_root_dir) / PREDICTIONS
-        records = [
-            record
-            for split in datamodule.test_splits
-            for record in evaluate(network, datamodule.task, split, datamodule.size(split))
-        ]
-        write_predictions(out, with_replies(network, datamodule.task, records))
+        with precision.forward_context():
+            records = [
+                record
+                for split in datamodule.test_splits
+                for record in evaluate(network, datamodule.task, split, datamodule.size(split))
+            ]
+            records = with_replies(network, datamodule.task, records)
+        write_predictions(out, records)
         print(f"predictions: {out}")
 
     def _new_run_dir(self, config: Any) -> Path:
@@ -225,6 +247,11 @@ def _claim(run_dir: Path) -> Path:
         if any(run_dir.iterdir()):
             raise UserError(f"--out {run_dir}: not empty; a run needs a directory of its own")
     return run_dir
+
+
+def _on_cpu(accelerator: Any) -> bool:
+    """Whether a Trainer with this ``accelerator`` key computes on the CPU."""
+    return accelerator == "cpu" or (accelerator == "auto" and available() == ["cpu"])
 
 
 def _first_process() -> bool:

@@ -62,8 +62,9 @@ def quickstart(
     seconds = time.perf_counter() - start
     data: VQAData = fitted.datamodule
     trained = fitted.trainer.global_step
-    model: VisionLanguageModel = fitted.model.model.cpu().eval()
+    model: VisionLanguageModel = fitted.model.model.eval()
     save_model(model, out / "model.safetensors", seed=seed, steps=trained, data=data.identity())
+    model.to(fitted.trainer.strategy.root_device)  # the Trainer has moved it to the CPU
     print("evaluating ...")
     results = Results.of(model, data.task, samples)
     blind = Blind.of(_learned(data.task, trained * data.batch_size, results), results.asked)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sandbox.backbone.backends import cpu, products
-from sandbox.backbone.backends.segments import segments
+from sandbox.backbone.backends.segments import flat_of, segments
 from sandbox.backbone.cache import KVCache
 from sandbox.backbone.config import BackboneConfig
 from sandbox.backbone.transformer import Backbone
@@ -132,7 +132,7 @@ def test_coordinates_without_structure_use_the_rule(change: dict[str, list[int]]
         for name in ("positions", "documents", "branches", "blocks")
     }
     view = view_of(None, coordinates)
-    assert segments(cpu.flat_of(view), None) is None
+    assert segments(flat_of(view), None) is None
     q, k, v = qkv(6)
     mask = visible(view.coordinates, view.coordinates, None)
     torch.testing.assert_close(cpu.attend(q, k, v, view, local=True), dense(q, k, v, mask))
@@ -285,6 +285,6 @@ def test_no_mask_is_kept_for_the_backward_pass() -> None:
 def test_plans_of_numpy_are_of_one_type() -> None:
     """Guards against indices of another width, which torch refuses on some platforms."""
     view = view_of(7, layout(random.Random(3), "packed branches"))
-    found = segments(cpu.flat_of(view), 7)
+    found = segments(flat_of(view), 7)
     assert found is not None
     assert all(part.dtype == np.int64 for part in found)

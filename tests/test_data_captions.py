@@ -337,6 +337,29 @@ def test_batches_hold_what_pairs_say() -> None:
     assert (moved.classes, moved.name) == (batch.classes, "some")
 
 
+@pytest.mark.parametrize("pinned", [False, True])
+def test_pinned_pairs_are_copied_without_waiting(
+    pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against page-locked memory in vain: Lightning calls ``batch.to(device)`` bare, and the
+    host then waited for each tensor; and against copies that read other memory too late.
+    """
+    asked: list[bool] = []
+    copy = torch.Tensor.to
+
+    def to(tensor: torch.Tensor, device: Any, *, non_blocking: bool) -> torch.Tensor:
+        asked.append(non_blocking)
+        return copy(tensor, device)
+
+    batch = ENCODER([Pair(noise(0, 16), "a", None)], "some")
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: pinned)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    batch.to("cpu")
+    assert asked == [pinned] * 3
+    batch.to("cpu", non_blocking=not pinned)
+    assert asked[3:] == [not pinned] * 3
+
+
 @kinds
 def test_batches_do_not_depend_on_workers(kind: type[CaptionSource], tmp_path: Path) -> None:
     """Guards against an order, or crops, that change with the number of workers."""

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.plugins import Precision
 from rich.console import Console
 from torch import nn
 
@@ -202,7 +203,12 @@ def test_a_test_stores_its_controls(
     """
     monkeypatch.setattr(controls, "LEARNED", 20)
     data = SimpleNamespace(task=task, size=lambda split: 4)
-    trainer = SimpleNamespace(is_global_zero=True, datamodule=data, default_root_dir=tmp_path)
+    trainer = SimpleNamespace(
+        is_global_zero=True,
+        datamodule=data,
+        default_root_dir=tmp_path,
+        precision_plugin=Precision(),
+    )
     Controls(samples=3).on_test_end(trainer, SimpleNamespace(model=toy(CrossAttention, 3)))
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert set(summary["inside"]) == {"gates", "expert_load"}
@@ -235,7 +241,12 @@ def test_a_majority_opens_no_image(
     monkeypatch.setattr(task, "sample", of_test)
     monkeypatch.setattr(task, "questions_of", lambda split, index: learned[index])
     data = SimpleNamespace(task=task, size=task.size)
-    trainer = SimpleNamespace(is_global_zero=True, datamodule=data, default_root_dir=tmp_path)
+    trainer = SimpleNamespace(
+        is_global_zero=True,
+        datamodule=data,
+        default_root_dir=tmp_path,
+        precision_plugin=Precision(),
+    )
     Controls().on_test_end(trainer, SimpleNamespace(model=toy(EarlyFusion, 0)))
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["blind_majority_accuracy"] is None) == (not train)

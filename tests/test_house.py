@@ -64,7 +64,13 @@ def within(module: str, *packages: str) -> bool:
 
 # Inside `sandbox`, what a module may import of `sandbox`: backbone -> model -> {generate, train}
 # -> evals -> {ablation, cli}, the right side importing the left; `data` imports no model code.
-BASICS = ("sandbox.allocator", "sandbox.arguments", "sandbox.errors", "sandbox.runs")
+BASICS = (
+    "sandbox.allocator",
+    "sandbox.arguments",
+    "sandbox.devices",
+    "sandbox.errors",
+    "sandbox.runs",
+)
 TEXT = ("sandbox.tokenizer", "sandbox.vocabulary")
 BACKBONE = (*BASICS, "sandbox.backbone", "sandbox.meta", "sandbox.params")
 DATA = (*BASICS, *TEXT, "sandbox.data")
@@ -73,6 +79,7 @@ EVALS = (*MODEL, "sandbox.train", "sandbox.evals")
 ALLOWED = {
     "sandbox.allocator": (),
     "sandbox.arguments": (),
+    "sandbox.devices": BASICS,
     "sandbox.errors": (),
     "sandbox.runs": BASICS,
     "sandbox.meta": BASICS,

@@ -45,6 +45,9 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     asked: list[Any] = []
 
     class Model:
+        def to(self, *_: Any) -> "Model":
+            return self
+
         def stream(self, prompts: list[Any], **sampling: Any) -> Iterator[tuple[int, str]]:
             asked.extend(prompts)
             yield 0, "red"

@@ -6,6 +6,7 @@ of every query with every key forwards, and four backwards.
 """
 
 import copy
+import time
 from functools import partial
 from typing import Any
 
@@ -17,10 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from encoders.llama4_vit import Llama4Vision
 from encoders.metaclip import MetaCLIP
 from fusion.cross_attention import CrossAttention
-from sandbox.backbone.config import BackboneConfig
+from fusion.early import EarlyFusion
+from sandbox.backbone.backends import cpu, meta
+from sandbox.backbone.config import BackboneConfig, preset
 from sandbox.backbone.moe import Experts
-from sandbox.data.batch import Batch
+from sandbox.data.batch import Batch, collate
 from sandbox.data.captions import Pairs
+from sandbox.data.charts import Charts
+from sandbox.meta import without_memory
 from sandbox.train.contrastive import Contrastive, TextTower
 from sandbox.train.flops import flop_counter, matmul_peak, step_flops
 from sandbox.train.pretrain import Pretrain
@@ -34,7 +39,8 @@ SHAPE: dict[str, Any] = {
     "head_dim": K,
     "vocab_size": WORDS,
 }
-PROJECTIONS = 2 * D * H * K + 2 * D * G * K  # query and output, key and value
+QUERY, KEY = 2 * D * H * K, 2 * D * G * K  # query and output, key and value
+PROJECTIONS = QUERY + KEY
 
 
 def batch_of(B: int, T: int, labelled: int, **parts: Any) -> Batch:
@@ -58,9 +64,11 @@ def test_a_dense_step_costs_what_arithmetic_says(T):
     take another backward pass on a CPU, and one of half the products.
     """
     B, labelled, F = 2, 10, 80
-    weights = LAYERS * (PROJECTIONS + 3 * D * F)
-    products = LAYERS * 2 * B * H * T * T * K
-    by_hand = 6 * weights * B * T + 6 * products + 6 * D * WORDS * B * labelled
+    # The last layer computes queries and feed-forward where there are labels alone.
+    every = (LAYERS - 1) * (PROJECTIONS + 3 * D * F) + KEY
+    some = QUERY + 3 * D * F + D * WORDS
+    products = 2 * B * H * K * T * ((LAYERS - 1) * T + labelled)
+    by_hand = 6 * every * B * T + 6 * some * B * labelled + 6 * products
     model = text_model(experts=0, dense_hidden=F)
     assert step_flops(model, batch_of(B, T, labelled)) == by_hand
 
@@ -72,9 +80,10 @@ def test_a_mixture_costs_the_experts_that_a_token_visits(top_k, chunk):
     """
     B, T, labelled, E, F = 2, 40, 10, 8, 32
     active = D * E + (1 + top_k) * 3 * D * F  # the router, the shared and the routed experts
-    weights = LAYERS * (PROJECTIONS + active)
-    pairs = B * T * (2 * (chunk or T) + T)
-    by_hand = 6 * weights * B * T + 6 * 2 * H * pairs * K + 6 * D * WORDS * B * labelled
+    every = (LAYERS - 1) * (PROJECTIONS + active) + KEY
+    some = QUERY + active + D * WORDS  # of the last layer, which is global
+    pairs = B * T * (2 * (chunk or T) + labelled)
+    by_hand = 6 * every * B * T + 6 * some * B * labelled + 6 * 2 * H * pairs * K
     model = text_model(experts=E, expert_hidden=F, top_k=top_k, chunk=chunk, nope_every=3)
     assert step_flops(model, batch_of(B, T, labelled)) == by_hand
 
@@ -93,8 +102,10 @@ def test_frozen_parts_cost_no_gradients_of_their_weights(frozen):
     L = 2 * P  # vision tokens a row, the first of which has one tile and is padded to two
 
     layer = PROJECTIONS + 3 * D * F
-    pairs = 2 * B * H * T * T * K  # one product of queries and keys
-    decoder = (2 + 2 + 4) * layer * B * T + (2 + 2 + 6) * pairs + 4 * D * WORDS * B * labelled
+    pair = 2 * B * H * T * K  # one product of a query of every row with its keys
+    decoder = (2 + 2) * (layer * B * T + pair * T)
+    decoder += 4 * (KEY * B * T + (QUERY + 3 * D * F + D * WORDS) * B * labelled)
+    decoder += 6 * pair * labelled
 
     of_text = 2 * D * A_H * A_K + 3 * D * A_F
     of_vision = 2 * D * A_G * A_K
@@ -145,6 +156,72 @@ def test_a_contrastive_step_is_counted_without_a_trainer():
     writer = 6 * B * text_length * (12 * text_width**2 + 2 * text_length * text_width)
     heads = 6 * B * (V + text_width) * both + 6 * 2 * B * B * both
     assert step_flops(module, batch) == tower + writer + heads
+
+
+# --- A step, by running it ------------------------------------------------------------------------
+
+
+def charts(fusion: Any, **options: Any) -> tuple[Pretrain, Batch]:
+    """A model that reads charts, and a batch of them: padded rows, images and branches."""
+    encoder = MetaCLIP(tile_size=32, patch_size=8, width=32, layers=1, heads=2)
+    model = Pretrain(encoder, fusion, BackboneConfig(**SHAPE, **options))
+    samples = [Charts(size=32).sample("train", index) for index in range(3)]
+    return model, collate([model.model.prompts.encode_sample(sample) for sample in samples])
+
+
+@pytest.mark.parametrize(
+    ("fusion", "options"),
+    [
+        (EarlyFusion, {"experts": 4}),
+        (EarlyFusion, {"experts": 4, "balance": "loss", "router_z_loss": 0.01, "tied": True}),
+        (partial(EarlyFusion, bidirectional=True), {"experts": 0}),
+        (partial(CrossAttention, layers=[1]), {"experts": 4, "top_k": 2}),
+    ],
+)
+def test_shapes_alone_count_what_running_counts(
+    fusion: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a count on shapes that misses an operation: one that indices pick rows for,
+    that a tied weight takes part in twice, or that fusion adds for as many tiles as there are.
+
+    The decoder's attention, whose kernels pad, is that of the shapes in both.
+    """
+    torch.manual_seed(0)
+    for name in ("attend", "linear", "grouped_mm", "tokens_multiple", "visits_multiple"):
+        monkeypatch.setattr(cpu, name, getattr(meta, name))
+    model, batch = charts(fusion, **options)
+    with sdpa_kernel(SDPBackend.MATH), flop_counter() as counter:
+        loss = model.train().loss(batch)
+        torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    assert step_flops(model, batch) == counter.get_total_flops() > 0
+
+
+def test_a_large_model_is_counted_without_memory() -> None:
+    """Guards against weights, activations or gradients that counting allocates or multiplies: this
+    model has 60 GB of them, and one pass takes 20 TFLOP.
+    """
+    with without_memory():
+        model = Pretrain(backbone=preset("1b"))
+    weights = {p.device.type for p in model.parameters()}
+    assert weights == {"meta"}
+    spent = time.process_time()
+    flops = step_flops(model, batch_of(4, 512, 10))
+    spent = time.process_time() - spent
+    active = 1e9  # by the preset's name
+    assert 6 * active * 4 * 512 * 0.8 < flops < 6 * active * 4 * 512 * 1.3
+    assert spent < 60
+
+
+def test_a_shape_that_hangs_on_weights_is_told() -> None:
+    """Guards against a wrong count in place of an error, where the host reads a float."""
+
+    class Reading(Pretrain):
+        def loss(self, batch: Batch) -> Tensor:
+            loss = super().loss(batch)
+            return loss if loss.item() > 0 else -loss
+
+    with pytest.raises(RuntimeError, match="meta"):
+        step_flops(Reading(backbone=BackboneConfig(**SHAPE)), batch_of(1, 8, 2))
 
 
 # --- What counting leaves behind ------------------------------------------------------------------

@@ -16,6 +16,7 @@ from sandbox.ablation.plan import Budget
 from sandbox.data.batch import Batch
 from sandbox.errors import UserError
 from sandbox.lightning_cli import SandboxCLI
+from sandbox.meta import without_memory
 from sandbox.params import parameter_counts
 from sandbox.train.flops import step_flops
 
@@ -128,8 +129,13 @@ class _Unrun(SandboxCLI):
         """What is counted does not hang on random weights, and a caller's draws are its own."""
 
     def instantiate_classes(self) -> None:
-        """Build model and data, or nothing."""
-        if self.build:
+        """Build model and data, or nothing; weights without memory where the model allows it."""
+        if not self.build:
+            return
+        try:
+            with without_memory():
+                super().instantiate_classes()
+        except RuntimeError:  # a part computes with its tensors at once
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -1,5 +1,8 @@
 """torch's linear layer and RMS norm, where a CPU can compute the same numbers faster."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -51,9 +54,16 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return backends.of(x).rms_norm(x, weight, eps)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that matrix products of ``x`` are computed in: autocast's, or its own."""
-    device = x.device.type
-    if x.is_floating_point() and device != "meta" and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which products of tensors like ``x`` keep their dtype."""
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()

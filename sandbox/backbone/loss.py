@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sandbox.backbone import backends
-from sandbox.backbone.layers import compute_dtype
+from sandbox.backbone.layers import compute_dtype, without_autocast
 
 LONGEST_CHUNK = 1024  # tokens; more would not make the matrix products faster
 
@@ -21,7 +21,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # Cast once, not in every chunk; the gradient of the head would not be cast at all.
         dtype = compute_dtype(hidden)
         hidden, head = hidden.to(dtype), weight.to(dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden):
             return _ChunkedCrossEntropy._forward(ctx, hidden, head, labels, chunk)
 
     @staticmethod

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from sandbox.backbone import backends
 from sandbox.backbone.config import BackboneConfig
-from sandbox.backbone.layers import Linear, compute_dtype
+from sandbox.backbone.layers import Linear, compute_dtype, without_autocast
 
 
 class FeedForward(nn.Module):
@@ -173,7 +173,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """Mix experts for every token of ``x [..., D]``."""
         flat = x.flatten(0, -2)
-        with torch.autocast(x.device.type, enabled=False):  # a rounded logit may turn a choice
+        with without_autocast(x):  # a rounded logit may turn a choice
             logits = self.router(flat.to(self.router.weight.dtype))
         chosen, gate = self._select(logits)
         if len(flat) == 1 and not torch.is_grad_enabled() and x.device.type == "cpu":

@@ -150,7 +150,7 @@ class Visibility:
         self.turn = rope.rotation(flat.positions, frequency)
         self.temperature = None
         if config.temperature_scale:
-            steps = torch.floor((flat.positions + 1) / config.temperature_floor)
+            steps = torch.floor((flat.positions + 1).float() / config.temperature_floor)
             self.temperature = (1 + config.temperature_scale * torch.log1p(steps))[:, None, None]
         self.plans: dict[object, object] = {}
 

@@ -176,7 +176,7 @@ class Batch:
         """
         labelled = self.places.labelled
         spelled = self.answers.flatten()[labelled] + 1  # 0: labelled, but of no answer
-        missed = torch.zeros(len(self.kinds) + 1, device=correct.device)
+        missed = torch.zeros(len(self.kinds) + 1, dtype=torch.float32, device=correct.device)
         missed.index_add_(0, spelled, (~correct.flatten()[labelled]).float())
         return missed[1:] == 0
 

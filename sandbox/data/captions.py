@@ -114,9 +114,18 @@ class Pairs:
         """The number of tokens without the zeros after each caption's end, int64 ``[]``."""
         return (self.tokens.flip(1).cumsum(1).flip(1) > 0).sum()
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Pairs":
-        """The same batch with every tensor on ``device``."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "Pairs":
+        """The same batch with every tensor on ``device``.
+
+        ``non_blocking`` lets the host go on meanwhile. By default it does so for tensors in
+        page-locked memory: Lightning asks for it where it copies bare tensors, and not here.
+        """
+        return self._each(
+            lambda tensor: tensor.to(
+                device,
+                non_blocking=tensor.is_pinned() if non_blocking is None else non_blocking,
+            )
+        )
 
     def pin_memory(self) -> "Pairs":
         """The same batch in page-locked memory, so that copies to a GPU can overlap."""

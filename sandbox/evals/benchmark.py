@@ -16,6 +16,7 @@ from rich.table import Table
 
 from sandbox.checkpoint import load_model, provenance
 from sandbox.data.task import Question, Split, Task
+from sandbox.devices import AUTO, Placement, choose
 from sandbox.errors import UserError
 from sandbox.evals import extraction
 from sandbox.evals.answering import GROUP, TILES, TOKENS
@@ -76,6 +77,8 @@ def evaluate_benchmark(
     extract: bool = False,
     controls: bool = True,
     resume: bool = False,
+    device: str = AUTO,
+    precision: str = AUTO,
 ) -> BenchmarkResults:
     """Ask a model every question of a benchmark, and score its greedy replies.
 
@@ -87,8 +90,7 @@ def evaluate_benchmark(
     ``answering``).
 
     Args:
-        model: one in memory, which stays on its device, or a checkpoint or run directory, which is
-            loaded onto the GPU where there is one.
+        model: one in memory, which keeps its device and dtype, or a checkpoint or run directory.
         benchmark: a name in ``catalog.BENCHMARKS``, or any task.
         data: where the named benchmark lies.
         split: which to ask about.
@@ -103,6 +105,8 @@ def evaluate_benchmark(
             needs its letter found. Where none is found, the reply is wrong.
         controls: also ask without images and about exchanged ones.
         resume: go on with what ``out`` holds.
+        device: of a checkpoint, see ``devices.choose``: by default CUDA if there is one.
+        precision: of a checkpoint; by default its dtype.
 
     Raises:
         UserError: an argument, the data or the checkpoint is wrong, or ``out`` is of another
@@ -111,7 +115,7 @@ def evaluate_benchmark(
     name, known, task = _open(benchmark, data, split)
     judge = Judge(metric or (known.metric if known else "exact"), mode, extract)
     samples = _samples(task, split, limit)
-    model, checkpoint = _loaded(model)
+    model, checkpoint, placement = _loaded(model, device, precision)
     settings = {
         "weights": checkpoint["sha256"],
         "benchmark": name,
@@ -123,13 +127,14 @@ def evaluate_benchmark(
         "metric_version": judge.about.version,
         "extraction_version": extraction.VERSION,
         "controls": controls,
-        "device": model.backbone.embed.weight.device.type,
+        "device": placement.device.type,
+        "precision": placement.precision,
         "computed_together": {"questions": GROUP, "tokens": TOKENS, "tiles": TILES},
     }
     out = None if out is None else Path(out)
     file = PredictionFile(out, settings, resume=resume) if out else None
     try:
-        with Meter() as meter:
+        with Meter() as meter, placement.context():
             begun = Asking(model, task, split, batch_size, max_tokens, judge, file, meter)
             own = begun.answer_all("own", [(index, index) for index in range(samples)])
             if not own:
@@ -199,20 +204,31 @@ def _samples(task: Task, split: Split, limit: int | None) -> int:
 
 
 def _loaded(
-    model: VisionLanguageModel | str | Path,
-) -> tuple[VisionLanguageModel, dict[str, Any]]:
-    """The model, and what tells which it is: path and hash of the file, or hash of its tensors."""
+    model: VisionLanguageModel | str | Path, device: str, precision: str
+) -> tuple[VisionLanguageModel, dict[str, Any], Placement]:
+    """The model, its identity (path and hash of the file, or hash of its tensors), and its place.
+
+    Raises:
+        UserError: no such checkpoint or device, or a device is chosen for a model in memory.
+    """
     if not isinstance(model, VisionLanguageModel):
         path = find_weights(model)
+        placement = choose(device, precision)
         with path.open("rb") as file:
             told = hashlib.file_digest(file, "sha256")
-        loaded = load_model(path).to("cuda" if torch.cuda.is_available() else "cpu")
-        return loaded, {"path": str(path), "sha256": told.hexdigest()}
+        loaded = placement.place(load_model(path))
+        return loaded, {"path": str(path), "sha256": told.hexdigest()}, placement
+    if (device, precision) != (AUTO, AUTO):
+        raise UserError(
+            "device and precision are those of a checkpoint that is loaded: a model in memory "
+            "keeps its own; place it with sandbox.devices"
+        )
     told = hashlib.sha256(json.dumps(model.describe(), default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         told.update(name.encode())
         told.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return model, {"path": None, "sha256": told.hexdigest()}
+    placement = Placement(model.backbone.embed.weight.device)
+    return model, {"path": None, "sha256": told.hexdigest()}, placement
 
 
 def _controls(begun: Asking) -> tuple[dict[str, list[Prediction]], list[str]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox import arguments
+from sandbox.devices import add_placement
 from sandbox.errors import UserError
 from sandbox.evals.catalog import BENCHMARKS
 from sandbox.evals.score import METRICS
@@ -49,6 +50,7 @@ def add_evaluate(commands: "argparse._SubParsersAction[Any]") -> None:
         help="leave out the questions without image and with exchanged images: a third of the time",
     )
     command.add_argument("--resume", action="store_true", help="go on in --out where it stopped")
+    add_placement(command)
     command.set_defaults(handler=run)
 
 
@@ -79,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
         extract=args.extract,
         controls=not args.no_controls,
         resume=args.resume,
+        device=args.device,
+        precision=args.precision,
     )
     console = Console(highlight=False)
     if results.scored:

@@ -210,11 +210,13 @@ class Controls(Callback):
         if data is None:
             raise UserError("Controls needs a data module: it asks its task")
         task: Task = data.task
-        results = Results.of(driven.model, task, self.samples or data.size("test"))
+        with trainer.precision_plugin.forward_context():
+            results = Results.of(driven.model, task, self.samples or data.size("test"))
+            found = inside(driven.model, task)
         size = task.size("train")
         learned = range(LEARNED if size is None else size)
         blind = Blind.of((q for i in learned for q in task.questions_of("train", i)), results.asked)
-        summary = scores(results, blind) | {"inside": inside(driven.model, task)}
+        summary = scores(results, blind) | {"inside": found}
         out = Path(trainer.default_root_dir)
         write_predictions(out / PREDICTIONS, results.records)
         write_json(out / SUMMARY, summary)

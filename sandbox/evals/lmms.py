@@ -31,6 +31,7 @@ from sandbox.data.batch import IGNORE, collate
 from sandbox.data.media import load_image
 from sandbox.data.prompt import Image, Prompt, Segment, Turn, Video
 from sandbox.data.video import FRAME_SUFFIXES, load_video
+from sandbox.devices import AUTO, choose
 from sandbox.errors import UserError
 from sandbox.evals.progress import Meter
 from sandbox.generate import Sampling, inference
@@ -61,15 +62,16 @@ class EarlyFusionSandbox(lmms):
     Args:
         checkpoint: file or run directory.
         batch_size: requests answered at a time.
-        device: None = this process's GPU where there is one.
+        device: see ``devices.choose``; by default this process's GPU, or the CPU without one.
         frames: of each video, at equal distances.
         max_new_tokens: the longest reply where the task says nothing.
         seed: of the draws, for tasks that sample. Requests draw apart, so that a task that repeats
             its questions gets different replies; the same command gets the same ones.
         max_batch_size: lmms-eval passes it on; nothing needs it.
+        precision: see ``devices.choose``; by default the dtype of the checkpoint.
 
     Raises:
-        UserError: there is no such checkpoint, or the batch size is no number.
+        UserError: there is no such checkpoint or device, or the batch size is no number.
     """
 
     is_simple = True  # takes a text and pictures; "chat" models cannot weigh given replies
@@ -83,16 +85,17 @@ class EarlyFusionSandbox(lmms):
         max_new_tokens: int = 1024,
         seed: int = 0,
         max_batch_size: int | None = None,
+        precision: str = AUTO,
     ) -> None:
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"lmms-eval: --batch_size must be a number from 1 on, got {batch_size}")
-        if device is None:
-            rank = os.environ.get("LOCAL_RANK", 0)  # torchrun and accelerate set it
-            device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
+        if device in (None, AUTO) and torch.cuda.is_available():
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun and accelerate set it
         self.batch_size = int(batch_size)
-        self.device = torch.device(device)
-        self.model = load_model(find_weights(checkpoint)).to(self.device)
+        self.placement = choose(device or AUTO, precision)
+        self.device = self.placement.device
+        self.model = self.placement.place(load_model(find_weights(checkpoint)))
         self.prompts = self.model.prompts
         self.frames = frames
         self.max_new_tokens = max_new_tokens
@@ -116,7 +119,8 @@ class EarlyFusionSandbox(lmms):
                 for batch in _batches(numbers, self.batch_size):
                     prompts = [self._prompt(*_but_second(requests[n].args)) for n in batch]
                     seeds = [self.seed + n for n in batch]
-                    said = self.model.generate(prompts, **{**vars(how), "seed": seeds})
+                    with self.placement.context():
+                        said = self.model.generate(prompts, **{**vars(how), "seed": seeds})
                     for number, reply in zip(batch, said, strict=True):
                         replies[number] = reply
                     meter.advance(meter.questions + len(batch), len(batch))
@@ -179,7 +183,7 @@ class EarlyFusionSandbox(lmms):
             examples.append(self.prompts.encode(Prompt(turns)))
         batch = collate(examples, name="lmms-eval").to(self.device)
         spelled = batch.labels != IGNORE  # where the next token is one of a reply, or its end
-        with inference(self.model):
+        with inference(self.model), self.placement.context():
             hidden = self.model(batch).hidden[spelled]
             logs = self.model.backbone.unembed(hidden).float().log_softmax(dim=-1)
         targets = batch.labels[spelled]

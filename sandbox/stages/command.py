@@ -48,26 +48,32 @@ def add_launcher(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--gpus-per-run",
         type=partial(arguments.number, rule="a number of at least 0", least=0),
-        help="of Ray's, such as 0.5 (default: 1, or 0 where it has none)",
+        help="such as 2, or 0.5 to share each (default: with Ray 1, or 0 where it has none; on "
+        "this machine an even share of its GPUs)",
     )
 
 
 def launcher(args: argparse.Namespace) -> "Launcher":
-    """Where the runs go, as ``--launcher`` and ``--gpus-per-run`` say.
+    """Where the runs go, as ``--jobs``, ``--launcher`` and ``--gpus-per-run`` say.
 
     Raises:
-        UserError: Ray cannot be had as asked for, or GPUs are asked for without it.
+        UserError: Ray cannot be had as asked for, or there are not so many GPUs.
     """
     if args.launcher == "ray":
         from sandbox.stages.on_ray import OnRay
 
         return OnRay(args.gpus_per_run)
-    if args.gpus_per_run is not None:
-        raise UserError("--gpus-per-run: only with --launcher ray, which shares out the GPUs")
+    from sandbox.stages.gpus import places, visible
+    from sandbox.stages.process import Local
 
-    from sandbox.stages.process import LOCAL
-
-    return LOCAL
+    found = places(visible(), args.jobs, args.gpus_per_run)
+    if 0 < len(found) < args.jobs:
+        print(
+            f"--jobs {args.jobs}: {len(found)} at a time, which have GPU "
+            f"{' / '.join(found)}; --gpus-per-run 0.5 puts two runs on each",
+            flush=True,
+        )
+    return Local(found)
 
 
 def _stages(args: argparse.Namespace) -> int:

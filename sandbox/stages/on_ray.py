@@ -48,6 +48,10 @@ class OnRay:
         self._cores = [int(node.get("CPU", 0)) for node in nodes]
         self._task = ray.remote(max_retries=0)(_work)
 
+    def places(self, at_once: int) -> int:
+        """All of them: Ray queues what has no room."""
+        return at_once
+
     def threads(self, at_once: int) -> int:
         """The threads of each of so many runs side by side: see ``share``."""
         return share(self._cores, at_once)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -28,12 +28,20 @@ class Order:
         folder: where it runs, absolute: paths in the command and in its files may be relative.
         log: the file behind whose end its output goes, absolute.
         threads: how many it may use.
+        gpus: the value of ``CUDA_VISIBLE_DEVICES``; None leaves the variable as it is.
     """
 
     command: tuple[str, ...]
     folder: Path
     log: Path
     threads: int
+    gpus: str | None = None
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment variables that it adds."""
+        found = {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
+        return found if self.gpus is None else found | {"CUDA_VISIBLE_DEVICES": self.gpus}
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,9 @@ class Work(Protocol):
 class Launcher(Protocol):
     """Where runs are started."""
 
+    def places(self, at_once: int) -> int:
+        """How many of so many runs have room side by side."""
+
     def threads(self, at_once: int) -> int:
         """The threads of each of so many runs side by side."""
 
@@ -91,7 +102,7 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": str(order.threads), "PYTHONUNBUFFERED": "1"},
+                env=os.environ | order.variables,
                 pass_fds=keep,
                 process_group=0,
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
@@ -123,15 +134,62 @@ class Process:
 
 
 class Local:
-    """Runs as processes of this machine, which share its cores evenly."""
+    """Runs as processes of this machine, which share its cores evenly.
+
+    Where there are places with GPUs, a run holds one of them from its start to its end.
+    """
+
+    def __init__(self, places: Sequence[str] = ()) -> None:
+        """Runs in so many places, each the value of ``CUDA_VISIBLE_DEVICES``; none: anywhere.
+
+        A place that is listed twice takes two runs. See ``sandbox.stages.gpus``.
+        """
+        self._places = len(places)
+        self._free = list(places)
+
+    def places(self, at_once: int) -> int:
+        """As many as have GPUs, where any do."""
+        return min(at_once, self._places or at_once)
 
     def threads(self, at_once: int) -> int:
         """The threads of each of so many processes."""
         return max(1, cores() // at_once)
 
-    def start(self, order: Order, lock: int) -> Process:
+    def start(self, order: Order, lock: int) -> Work:
         """Start a run. The lock outlives this program if a run does."""
-        return Process(order, keep=[lock])
+        if not self._places:
+            return Process(order, keep=[lock])
+        gpus = self._free.pop(0)
+        try:
+            return _Placed(Process(replace(order, gpus=gpus), keep=[lock]), self._free, gpus)
+        except BaseException:
+            self._free.append(gpus)
+            raise
+
+
+class _Placed:
+    """A process that gives its place back when it has ended, however it did."""
+
+    def __init__(self, process: Process, free: list[str], place: str) -> None:
+        self._process = process
+        self._free = free
+        self._place: str | None = place
+
+    def end(self) -> End | None:
+        """How it ended; None while it has not."""
+        if end := self._process.end():
+            self._release()
+        return end
+
+    def kill(self) -> None:
+        """End it and all that it has started."""
+        self._process.kill()
+        self._release()
+
+    def _release(self) -> None:
+        if self._place is not None:
+            self._free.append(self._place)
+            self._place = None
 
 
 LOCAL = Local()

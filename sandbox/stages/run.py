@@ -129,6 +129,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out) as lock:
         steps = {job.name: next_step(job, out) for job in jobs}  # all, before anything starts
+        at_once = launch.places(at_once)
         threads = launch.threads(at_once)
         _note_commands(out / COMMANDS, script(jobs, threads, program))
         done = {name for name, step in steps.items() if step == "skip"}

@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from sandbox.backbone.moe import Routing, max_violation
 from sandbox.data.batch import Batch
 from sandbox.data.module import VQAData
 from sandbox.data.prompt import Prompt
 from sandbox.data.task import Question
-from sandbox.train.flops import flop_counter, matmul_peak
+from sandbox.train.flops import matmul_peak, step_flops
+from sandbox.train.objective import Objective
 
 # --- Routing --------------------------------------------------------------------------------------
 
@@ -116,20 +116,18 @@ def routing_sums(routing: Routing, patches: Tensor) -> Tensor:
 class Throughput(Callback):
     """Logs tokens and samples per second, and how much of the device's matmul speed training uses.
 
-    ``throughput/utilization`` divides the FLOPs of forward and backward (see ``flop_counter``) by
+    ``throughput/utilization`` divides the FLOPs of forward and backward (see ``step_flops``) by
     what one large matmul of the same precision achieved on this device when training started. They
-    are counted over the first step and scaled by its tokens; optimizer, data loading and logging
-    take time but count as no FLOPs. ``throughput/data_wait`` is the share of time between batches:
-    loading, or waiting for workers that do (and callbacks listed after this one; a GPU may go on
-    meanwhile).
-    Tokens do not include padding; time from validation to the next batch is left out.
+    are counted on shapes alone for the first batch, and scaled by tokens; optimizer, data loading
+    and logging take time but count as no FLOPs. ``throughput/data_wait`` is the share of time
+    between batches: loading, or waiting for workers that do (and callbacks listed after this one; a
+    GPU may go on meanwhile). Tokens do not include padding; time from validation to the next batch
+    is left out.
     """
 
     def __init__(self) -> None:
         self._flops_per_token: float | None = None
         self._peak = 0.0
-        self._counter: FlopCounterMode | None = None
-        self._flops = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -150,31 +148,19 @@ class Throughput(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Count the FLOPs of the first step, and the time since the last one."""
-        now = time.perf_counter()
+        """Count the FLOPs of the first batch, and the time since the last one."""
         if self._flops_per_token is None:
-            self._counter = flop_counter()
-            self._counter.__enter__()
-        elif self._since is None:
+            assert isinstance(pl_module, Objective)
+            flops = step_flops(pl_module, batch.to("cpu", non_blocking=False))
+            self._flops_per_token = flops / int(batch.real_tokens)
+        now = time.perf_counter()
+        if self._since is None:
             self._since = now
         elif self._stopped is None:
             self._waited += now - self._ended
         else:
             self._since += now - self._stopped
         self._stopped = None
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Leave no counter behind."""
-        self.on_after_backward(trainer, pl_module)
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the count before the optimizer."""
-        if self._counter is not None:
-            self._counter.__exit__(None, None, None)
-            self._flops = self._counter.get_total_flops()
-            self._counter = None
 
     def on_train_batch_end(
         self,
@@ -185,9 +171,7 @@ class Throughput(Callback):
         batch_idx: int,
     ) -> None:
         """Add this batch; log when it is time."""
-        if self._flops_per_token is None:
-            self._flops_per_token = self._flops / int(batch.real_tokens)
-            return  # counting is slow: this step tells nothing of speed
+        assert self._flops_per_token is not None
         self._tokens = self._tokens + batch.real_tokens
         self._samples += len(batch.tokens)
         if not _is_due(trainer):

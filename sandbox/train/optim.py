@@ -58,6 +58,10 @@ class MuonAdamW(AdamW):
     ``sqrt(max(1, outputs / inputs))``.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._step_supports_amp_scaling = False  # fused AdamW sets it; `_muon` does not unscale
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of all groups."""

@@ -94,8 +94,12 @@ class Backend(Protocol):
 
 def of(x: Tensor) -> Backend:
     """The backend of the device that ``x`` is on."""
-    if x.device.type in ("cpu", "meta"):
+    if x.device.type == "cpu":
         return cpu
+    if x.device.type == "meta":
+        from sandbox.backbone.backends import meta
+
+        return meta
     from sandbox.backbone.backends import cuda  # FlexAttention takes a second to import
 
     return cuda

@@ -18,7 +18,7 @@ from sandbox.backbone.backends.products import (
     visits_multiple,
 )
 from sandbox.backbone.backends.segment_attention import SegmentAttention
-from sandbox.backbone.backends.segments import Flat, Plan, behind, plan, segments
+from sandbox.backbone.backends.segments import Plan, behind, flat_of, plan, segments
 from sandbox.backbone.visibility import Coordinates, Visibility, behind_rows, visible
 
 LOGITS = 1 << 23  # numbers that a chunk of logits may hold: 32 MB
@@ -111,15 +111,6 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, view: Visibility, chunk: int | None)
         rows = [F.pad(x, end).reshape(-1, chunk, *x.shape[2:]) for x in rows]
     mixed = causal_attention(*rows)
     return mixed.reshape(B, -1, *q.shape[1:])[:, :T].flatten(0, 1)
-
-
-def flat_of(view: Visibility) -> Flat:
-    """The coordinates of a pass as arrays, copied from the device once."""
-    if "flat" not in view.plans:
-        view.plans["flat"] = Flat(*(x.numpy() for x in (view.row, *view.coordinates)))
-    found = view.plans["flat"]
-    assert isinstance(found, Flat)
-    return found
 
 
 def plan_of(

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sandbox.backbone.visibility import Visibility
+
 PIECE = 128  # queries of a blocked run that share a mask over their own keys
 SLACK = 1 << 17  # scores that a group may waste on padding before it is split
 
@@ -29,6 +31,22 @@ class Flat(NamedTuple):
     documents: np.ndarray
     branches: np.ndarray
     blocks: np.ndarray
+
+
+def flat_of(view: Visibility) -> Flat:
+    """The coordinates of a pass on the host, kept for all of its layers."""
+    if "flat" not in view.plans:
+        if view.plain:  # known without the tensors, which may be without values
+            B, T = view.shape
+            rows, positions = (x.reshape(-1) for x in np.indices((B, T), dtype=np.int64))
+            zeros = np.zeros_like(rows)
+            view.plans["flat"] = Flat(rows, positions, rows, zeros, zeros)
+        else:
+            tensors = (view.row, *view.coordinates)
+            view.plans["flat"] = Flat(*(x.cpu().numpy() for x in tensors))
+    found = view.plans["flat"]
+    assert isinstance(found, Flat)
+    return found
 
 
 class Segments(NamedTuple):

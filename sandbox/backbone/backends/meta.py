@@ -1,0 +1,48 @@
+"""Shapes alone, on the meta device: what a step would cost, counted without running it.
+
+Coordinates of tokens are real there, and decide how many pairs of queries and keys attention
+multiplies, whichever kernel a device has.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sandbox.backbone.backends.cuda import LOGITS as LOGITS
+from sandbox.backbone.backends.cuda import attend_behind as attend_behind
+from sandbox.backbone.backends.cuda import grouped_mm as grouped_mm
+from sandbox.backbone.backends.cuda import linear as linear
+from sandbox.backbone.backends.cuda import rms_norm as rms_norm
+from sandbox.backbone.backends.cuda import scaled as scaled
+from sandbox.backbone.backends.cuda import swiglu as swiglu
+from sandbox.backbone.backends.cuda import tokens_multiple as tokens_multiple
+from sandbox.backbone.backends.cuda import visits_multiple as visits_multiple
+from sandbox.backbone.backends.segments import flat_of, segments
+from sandbox.backbone.visibility import Visibility
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, view: Visibility, *, local: bool, chosen: Tensor | None = None
+) -> Tensor:
+    """Attention of a shape that multiplies as many pairs as the segments of the batch have."""
+    tokens = flat_of(view)
+    found = segments(tokens, view.chunk if local else None)
+    if found is None:
+        pairs = len(q) * len(k)
+    else:
+        keys = found.length + found.prefixed
+        queries = found.length
+        if chosen is not None:
+            places = torch.as_tensor(found.start), torch.as_tensor(found.start + found.length)
+            first, last = (torch.searchsorted(chosen, place) for place in places)
+            queries = (last - first).numpy()
+        pairs = int((queries * keys).sum())
+    one = (x.sum(0, keepdim=True).transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, 1, K]
+    queries_of, keys_of, values_of = one
+    mixed = F.scaled_dot_product_attention(
+        queries_of.expand(-1, -1, pairs, -1),
+        keys_of,
+        values_of,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return mixed[0].transpose(0, 1).sum(0, keepdim=True).expand_as(q)
