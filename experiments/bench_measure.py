@@ -117,23 +117,29 @@ class Bench:
         device: where models and tensors live.
         rounds: how often every contender is sampled.
         quick: whether to run everything in miniature: a rehearsal, whose figures mean nothing.
+        cpu_time: count the CPU seconds of this process, all its threads, not wall-clock ones: the
+            fairer clock on a machine that others use too, for work on one thread.
+        against: another checkout or a revision, for section ``step``.
     """
 
     device: torch.device
     rounds: int = 5
     quick: bool = False
+    cpu_time: bool = False
+    against: str | None = None
 
     def pick(self, full: Any, miniature: Any) -> Any:
         """The full size, or its miniature."""
         return miniature if self.quick else full
 
     def seconds(self, call: Callable[[], object]) -> float:
-        """Wall-clock seconds of one call, the device's work included."""
+        """Seconds of one call, the device's work included."""
+        clock = time.process_time if self.cpu_time else time.perf_counter
         self.wait()
-        start = time.perf_counter()
+        start = clock()
         call()
         self.wait()
-        return time.perf_counter() - start
+        return clock() - start
 
     def timer(self, call: Callable[[], object]) -> Sampler:
         """A sampler of the call's seconds."""
