@@ -49,22 +49,15 @@ class Side:
         torch.set_num_threads(1)
         keep_freed_memory()
         seed_everything(0, verbose=False)
-        text = Path(recipe).read_text()
-        model = yaml.safe_load(text)["model"]
-        steps = yaml.safe_load(text)["trainer"]["max_steps"]
-        self.clip = yaml.safe_load(text)["trainer"]["gradient_clip_val"]
-        if compile:
-            model["init_args"]["compile"] = True
-        parser = LightningArgumentParser()
-        parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
-        parsed = parser.parse_object({"model": model})
-        self.objective: Any = parser.instantiate(parsed).model.train()
+        trainer = yaml.safe_load(Path(recipe).read_text())["trainer"]
+        self.clip = trainer["gradient_clip_val"]
+        self.objective: Any = objective_of(recipe, compile=compile)
         if Path(weights).exists():
             self.objective.model.load_state_dict(torch.load(weights, weights_only=True))
         else:
             torch.save(self.objective.model.state_dict(), weights)
         self.optimizer, self.schedule = build_optimizer(
-            self.objective, self.objective.optimizer, steps
+            self.objective, self.objective.optimizer, trainer["max_steps"]
         )
         encoder = self.objective.model.prompts
         self.encoded = [
@@ -145,6 +138,16 @@ class Masks(TorchDispatchMode):
             if isinstance(x, Tensor) and self.is_mask(x):
                 self.largest = max(self.largest, x.untyped_storage().nbytes())
         return out
+
+
+def objective_of(recipe: str | Path, *, compile: bool = False) -> Any:
+    """The objective that a recipe's ``model`` describes, in training mode."""
+    model = yaml.safe_load(Path(recipe).read_text())["model"]
+    if compile:
+        model["init_args"]["compile"] = True
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
+    return parser.instantiate(parser.parse_object({"model": model})).model.train()
 
 
 def revived(sample: dict[str, Any]) -> Sample:

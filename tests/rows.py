@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image as PILImage
@@ -33,6 +34,9 @@ from sandbox.tokenizer import Tokenizer
 # Rows of equal length; padded; packed documents; branches behind an image; the same with images
 # read in both directions; cross-attention adapters; and packed rows of images with branches.
 KINDS = ("plain", "padded", "packed", "branches", "blocks", "adapters", "packed_images")
+
+# The body of a GPU test runs on the CPU too, in the default suite, where that is quick.
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 WORDS = "red blue green bars and lines count seven of twelve left right above below " * 4
 
@@ -80,6 +84,12 @@ def batch_of(kind: str, prompts: PromptEncoder) -> Batch:
     return pack([samples[:2], samples[2:]]) if kind == "packed_images" else collate(samples)
 
 
+def picture(seed: int) -> PILImage.Image:
+    """A picture of noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    return PILImage.fromarray(pixels)
+
+
 def _text(prompts: PromptEncoder, skip: int, length: int) -> Example:
     """The first tokens of a text that starts ``skip`` words into ``WORDS``."""
     text = " ".join(WORDS.split()[skip % 14 :])
@@ -94,12 +104,11 @@ def _text(prompts: PromptEncoder, skip: int, length: int) -> Example:
 
 
 def _sample(number: int) -> Sample:
-    """A picture of noise with one question more than its number."""
-    pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    """A picture with one question more than its number."""
     questions = tuple(
         Question(f"which bar is {WORDS.split()[i]}?", str(i), "which") for i in range(number + 1)
     )
-    return Sample((PILImage.fromarray(pixels),), questions, str(number))
+    return Sample((picture(number),), questions, str(number))
 
 
 # --- The reference --------------------------------------------------------------------------------
@@ -204,4 +213,4 @@ def reference(model: VisionLanguageModel, batch: Batch) -> tuple[float, dict[str
     loss = dense_loss(model, batch)
     loss.backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return float(loss), gradients
+    return float(loss.detach()), gradients
