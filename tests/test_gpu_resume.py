@@ -24,6 +24,10 @@ from sandbox.train.pretrain import Pretrain
 
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY, DIES_IN = 6, 3, 4  # updates; a checkpoint after 3; death before the fifth
+PLACES = [
+    pytest.param("cpu", marks=pytest.mark.slow),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
 
 
 class Watch(Callback):
