@@ -43,11 +43,15 @@ def test_the_host_never_waits_within_a_step(kind: str, precision: str) -> None:
     """
     objective, optimizer, batch = objective_of(kind)
     objective, batch, routing = objective.cuda(), batch.to("cuda"), RoutingMonitor()
-    with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16-mixed"):
-        for _ in range(2):  # kernels are chosen, and the optimizer's states made, once
-            monitor(routing, step(objective, optimizer, batch), batch)
-        with nobody_waits():
-            monitor(routing, step(objective, optimizer, batch), batch)
+
+    def run() -> None:
+        outputs = step(objective, optimizer, batch, mixed=precision == "bf16-mixed")
+        monitor(routing, outputs, batch)
+
+    for _ in range(2):  # kernels are chosen, and the optimizer's states made, once
+        run()
+    with nobody_waits():
+        run()
 
 
 @gpu
@@ -71,7 +75,7 @@ def test_pinned_batches_are_copied_without_waiting() -> None:
 @pytest.mark.parametrize("kind", ["packed", "branches", "blocks"])
 def test_no_row_takes_memory_by_the_square_of_its_length(kind: str) -> None:
     """Guards against a dense mask, or its copies for the backward pass, on a GPU."""
-    T, trunk = 8192, 4096
+    T, trunk = 16_384, 8192
     config = BackboneConfig(
         vocab_size=64, width=64, layers=2, heads=2, kv_heads=1, head_dim=32, experts=0,
         dense_hidden=64, chunk=1024, nope_every=2,
@@ -100,7 +104,7 @@ def test_no_row_takes_memory_by_the_square_of_its_length(kind: str) -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     run()
-    # Activations of 8,192 tokens take less than half of one mask of a byte an entry.
+    # Activations take less than half of one mask of a byte an entry.
     assert torch.cuda.max_memory_allocated() - before < T * T
 
 

@@ -114,9 +114,15 @@ def objective_of(kind: str, **changes: Any) -> tuple[NextToken, MuonAdamW, Batch
     return objective, optimizer, batch_of(kind, model.prompts)
 
 
-def step(objective: NextToken, optimizer: MuonAdamW, batch: Batch) -> dict[str, Any]:
-    """Forward, loss, backward and update; what the training step returns."""
-    result = objective.training_step(batch, 0)
+def step(
+    objective: NextToken, optimizer: MuonAdamW, batch: Batch, *, mixed: bool = False
+) -> dict[str, Any]:
+    """Forward, loss, backward and update; what the training step returns.
+
+    ``mixed`` computes forward and loss under autocast to bf16, as Lightning's bf16-mixed does.
+    """
+    with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=mixed):
+        result = objective.training_step(batch, 0)
     result["loss"].backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
