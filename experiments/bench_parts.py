@@ -127,14 +127,14 @@ def moe(bench: Bench) -> Iterator[Row | Skip]:
             for our, their in zip(results[0], result, strict=True):
                 agree(f"moe, {what}", our, their, 1e-4)
         # Apart from transformers' layer: whatever follows that one in a round finds memory in such
-        # disorder that a dense layer took two to three times as long.
+        # disorder that it takes two to three times as long. The dense layer there is not counted.
         calls = (ours, dense, *loops)
         samples, *peers = bench.interleave(*map(bench.timer, calls), warmup=1)
         yield Row("moe", what, samples, "dense SwiGLU", peers[0], gain=False, goal=most)
         if loops:
             yield Row("moe", what, samples, "expert loop", peers[1], goal=least, note=LOOPS)
             yield Row("moe", what, samples, "expert loop, unbound", peers[2])
-        samples, peer = bench.interleave(bench.timer(ours), bench.timer(theirs), warmup=0)
+        samples, peer, _ = bench.interleave(*map(bench.timer, (ours, theirs, dense)), warmup=0)
         yield Row("moe", what, samples, "Llama4TextMoe", peer, note=DENSE_PEER)
 
 
