@@ -6,8 +6,13 @@
 
 Both models have the same weights; before anything is timed, what both compute is compared.
 Contenders take turns (A B A B ...), and a ratio is taken within a round before the median. Leave
-the machine alone meanwhile: load is reported, not corrected. One section has other peers: ``media``
-compares the reading of images and videos with plain loops of Pillow and decord.
+the machine alone meanwhile: load is reported, not corrected (``--cpu-time`` counts CPU seconds).
+
+transformers computes every expert for every token, so ratios against it grow with the number of
+experts by construction; section ``moe`` has a loop over experts beside it, which does not. Two
+sections have other peers: ``step`` compares the quickstart's training step with that of another
+checkout (``--against``), and ``media`` the reading of images and videos with plain loops of Pillow
+and decord.
 """
 
 import argparse
@@ -30,14 +35,28 @@ from experiments.bench_media import media
 from experiments.bench_models import transformers
 from experiments.bench_parts import attention, length, moe
 from experiments.bench_report import machine, print_section, write_json
-from experiments.bench_whole import decode, floor, prefill, train
+from experiments.bench_step import step
+from experiments.bench_whole import compiled, decode, floor, prefill, train
 from sandbox.allocator import keep_freed_memory
 from sandbox.errors import UserError
 from sandbox.runs import new_run_dir
 
 SECTIONS: dict[str, Callable[[Bench], Iterator[Row | Skip]]] = {
     section.__name__: section
-    for section in (train, floor, prefill, decode, attention, moe, loss, length, media, gpu)
+    for section in (
+        train,
+        compiled,
+        step,
+        floor,
+        prefill,
+        decode,
+        attention,
+        moe,
+        loss,
+        length,
+        media,
+        gpu,
+    )
 }
 
 
@@ -79,6 +98,16 @@ def parser() -> argparse.ArgumentParser:
         help="keep freed memory in this process, for both models, as `sandbox fit` does",
     )
     command.add_argument("--threads", type=positive, default=1, help="CPU threads (default: 1)")
+    command.add_argument(
+        "--against",
+        metavar="REVISION|DIRECTORY",
+        help="what section step compares with: a revision or another checkout of this repository",
+    )
+    command.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count CPU seconds, for a machine that others use too (with one thread, on a CPU)",
+    )
     return command
 
 
@@ -109,13 +138,18 @@ def run(arguments: argparse.Namespace) -> list[Row | Skip]:
     """
     if arguments.device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device")
+    if arguments.cpu_time and (arguments.device.type != "cpu" or arguments.threads > 1):
+        raise UserError("--cpu-time: only with --device cpu and one thread")
     transformers().logging.set_verbosity_error()
     torch.set_num_threads(arguments.threads)
     if arguments.keep_memory:
         keep_freed_memory()
     rounds = arguments.rounds or (2 if arguments.quick else 5)
-    bench = Bench(arguments.device, rounds, arguments.quick)
-    facts = machine(bench) | {"keep_memory": arguments.keep_memory}
+    bench = Bench(arguments.device, rounds, arguments.quick, arguments.cpu_time, arguments.against)
+    facts = machine(bench) | {
+        "keep_memory": arguments.keep_memory,
+        "clock": "CPU" if arguments.cpu_time else "wall",
+    }
     out = arguments.out or new_run_dir("bench")
     caption = describe(facts)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 124)
@@ -149,7 +183,7 @@ def describe(facts: Mapping[str, Any]) -> str:
     return (
         f"{where}, {facts['threads']} thread(s), torch {facts['torch']}, "
         f"transformers {facts['transformers']}, commit {facts['commit']}{kept}; "
-        f"medians and quartiles of {rounds}"
+        f"{facts['clock']} seconds, medians and quartiles of {rounds}"
     )
 
 

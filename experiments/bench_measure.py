@@ -5,9 +5,12 @@ round times each contender once, and a ratio is taken within a round before the 
 """
 
 import gc
+import signal
 import statistics
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,23 +120,29 @@ class Bench:
         device: where models and tensors live.
         rounds: how often every contender is sampled.
         quick: whether to run everything in miniature: a rehearsal, whose figures mean nothing.
+        cpu_time: count the CPU seconds of this process, all its threads, not wall-clock ones: the
+            fairer clock on a machine that others use too, for work on one thread.
+        against: another checkout or a revision, for section ``step``.
     """
 
     device: torch.device
     rounds: int = 5
     quick: bool = False
+    cpu_time: bool = False
+    against: str | None = None
 
     def pick(self, full: Any, miniature: Any) -> Any:
         """The full size, or its miniature."""
         return miniature if self.quick else full
 
     def seconds(self, call: Callable[[], object]) -> float:
-        """Wall-clock seconds of one call, the device's work included."""
+        """Seconds of one call, the device's work included."""
+        clock = time.process_time if self.cpu_time else time.perf_counter
         self.wait()
-        start = time.perf_counter()
+        start = clock()
         call()
         self.wait()
-        return time.perf_counter() - start
+        return clock() - start
 
     def timer(self, call: Callable[[], object]) -> Sampler:
         """A sampler of the call's seconds."""
@@ -200,6 +209,54 @@ def _available() -> float:
         return next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
     except (OSError, StopIteration):
         return float("inf")
+
+
+def peak_memory(bench: Bench, call: Callable[[], object]) -> int:
+    """Bytes that a call takes at its peak, beyond what was allocated before; 0 on a CPU."""
+    if bench.device.type != "cuda":
+        return 0
+    bench.wait()
+    torch.cuda.reset_peak_memory_stats(bench.device)
+    before = torch.cuda.memory_allocated(bench.device)
+    call()
+    bench.wait()
+    return torch.cuda.max_memory_allocated(bench.device) - before
+
+
+def waits(bench: Bench, call: Callable[[], object]) -> int:
+    """How often a call makes the host wait for a CUDA device; 0 on a CPU, which never does."""
+    if bench.device.type != "cuda":
+        return 0
+    bench.wait()
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Interrupt what runs within, such as a compilation, after some seconds; main thread only.
+
+    Raises:
+        TimeoutError: the time was over.
+    """
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"took more than {seconds:.0f} s, most likely to compile")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def agree(what: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:

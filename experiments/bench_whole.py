@@ -1,10 +1,15 @@
-"""The whole model against transformers': training step, prefill, decoding, and the floors."""
+"""The whole model against transformers': training step, prefill, decoding, and the floors.
+
+transformers computes every expert for every token, compiled or not: its ratios grow with the number
+of experts by construction. What a peer without that habit takes is in section ``moe``.
+"""
 
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -28,7 +33,10 @@ from sandbox.backbone.config import BackboneConfig
 from sandbox.backbone.transformer import Backbone
 
 PEER = "transformers"
-MATMULS = "floor: the step's matmuls at the rate of a square matmul"
+MATMULS = (
+    "floor: the step's matmuls at the rate of a square matmul; transformers computes every expert "
+    "for every token: its ratio grows with their number by construction"
+)
 
 
 def title(config: BackboneConfig, B: int, T: int) -> str:
@@ -60,6 +68,33 @@ def train_case(bench: Bench, config: BackboneConfig, B: int, T: int, goal: float
     )
     least = scaled(flop, matmul_flops(config, B, T, train=True))
     return Row("train", what, samples, PEER, peer, goal=goal, floor=least, note=MATMULS)
+
+
+def compiled(bench: Bench) -> Iterator[Row | Skip]:
+    """Training step, ours eager, against transformers' under `torch.compile`."""
+    T = bench.pick(512, 24)
+    for experts, B in bench.pick(((4, 4), (16, 4)), ((2, 2),)):
+        config = shape(bench, experts=experts)
+        what = title(config, B, T)
+        if why := bench.lacks(training_memory(config, B * T)):
+            yield Skip("compiled", what, why)
+            continue
+        tokens = random_tokens(bench, config, B, T)
+        ours, theirs = twins(config, bench.device)
+        # Code generation takes a compiler; a rehearsal traces only.
+        faster = torch.compile(theirs, backend=bench.pick("inductor", "aot_eager"))
+        step = training_step(ours, our_loss(ours, tokens))
+        their_step = training_step(theirs, their_loss(faster, tokens))
+        start = process_time(), perf_counter()
+        first = their_step()
+        cpu, wall = process_time() - start[0], perf_counter() - start[1]
+        agree(f"loss, {what}", step(), first, 1e-4)
+        agree(f"second loss, {what}", step(), their_step(), 1e-4)
+        samples, peer = bench.interleave(bench.timer(step), bench.timer(their_step), warmup=1)
+        note = f"{what}: the compiled peer's first step took {wall:.0f} s ({cpu:.0f} CPU s here, "
+        note += "without those of compiler processes); it is not in the ratio"
+        yield Row("compiled", what, samples, f"{PEER}, compiled", peer, note=note)
+        torch.compiler.reset()
 
 
 def floor(bench: Bench) -> Iterator[Row | Skip]:

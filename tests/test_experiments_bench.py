@@ -4,16 +4,18 @@ import gc
 import importlib.util
 import json
 import sys
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments import bench
+from experiments import bench, bench_step
 from experiments.bench_chart import draw
 from experiments.bench_loss import Fresh
-from experiments.bench_measure import Bench, Row, Spread, agree, ratios
+from experiments.bench_measure import Bench, Row, Spread, agree, ratios, time_limit
 from experiments.bench_models import (
     MINIATURE,
     matmul_flops,
@@ -23,7 +25,11 @@ from experiments.bench_models import (
     training_step,
     twins,
 )
+from experiments.bench_parts import Result, there_and_back
+from experiments.bench_peers import ExpertLoop
 from experiments.bench_report import digits, quantity
+from experiments.bench_step import check
+from experiments.bench_step_worker import Masks
 from experiments.bench_whole import decode_bytes
 from sandbox.backbone.transformer import Backbone
 from sandbox.backbone.visibility import Coordinates, visible
@@ -165,6 +171,56 @@ def test_decoding_must_read_every_weight_once_and_the_keys_in_sight():
     assert counted == 4 * (weights + keys_and_values)
 
 
+@pytest.mark.parametrize("unbound", [False, True])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_loop_over_experts_is_the_layer(top_k, unbound):
+    """Guards against a peer that is fast because it computes something else."""
+    torch.manual_seed(0)
+    ours = Backbone(replace(MINIATURE, experts=5, top_k=top_k)).layers[0].ffn
+    loop = ExpertLoop(ours, unbound=unbound)
+    x = torch.randn(2, 9, MINIATURE.width)
+    for our, their in zip(*(there_and_back(Result(m), x)() for m in (ours, loop)), strict=True):
+        torch.testing.assert_close(our, their, atol=1e-5, rtol=1e-5)
+    loop(x)[0].sum().backward()
+    ours(x)[0].sum().backward()
+    gate, up = ours.experts.gate_up.grad.chunk(2, dim=-1)
+    torch.testing.assert_close(loop.gate.grad, gate, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(loop.up.grad, up, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(loop.router.grad, ours.router.weight.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_masks_are_found_and_other_tensors_are_not():
+    """Guards against a count of mask bytes that misses masks, or counts logits."""
+    with Masks(24) as spy:
+        torch.ones(4, 24).gt(0.5)
+        torch.ones(4, 24, 64) * 2
+        assert spy.largest == 0
+        place = torch.arange(24)
+        place[:, None].ge(place)
+        assert spy.largest == 24 * 24
+        torch.ones(3, 24, 24) * 2
+    assert spy.largest == 4 * 3 * 24 * 24
+
+
+def test_sides_that_learn_other_things_are_not_compared():
+    """Guards against a faster step that skipped labels, or computed another loss."""
+    side, peer = (SimpleNamespace(root=name, facts={"labels": 9}) for name in "ab")
+    check(side, [2.0, 1.9, 5.0], peer, [2.0, 1.9, 1.0])  # later losses drift by rounding
+    with pytest.raises(RuntimeError, match=r"step 1: loss 1\.8, but 1\.9 in b"):
+        check(side, [2.0, 1.8], peer, [2.0, 1.9])
+    with pytest.raises(RuntimeError, match="9 labels, but 8 in b"):
+        check(side, [2.0, 1.9], SimpleNamespace(root="b", facts={"labels": 8}), [2.0, 1.9])
+
+
+def test_what_takes_too_long_is_interrupted():
+    """Guards against a compilation that takes the whole time that a GPU was lent for."""
+    with pytest.raises(TimeoutError, match="took more than"), time_limit(0.05):
+        time.sleep(10)
+    with time_limit(0.05):
+        pass
+    time.sleep(0.1)  # the alarm is off
+
+
 @pytest.mark.slow
 def test_the_plain_loss_peaks_higher_by_its_logits():
     """Guards against a peak that misses the allocations, or was reached before the call."""
@@ -176,7 +232,7 @@ def test_the_plain_loss_peaks_higher_by_its_logits():
 
 # --- End to end -----------------------------------------------------------------------------------
 
-SLOW = {"loss": "starts processes", "gpu": "traces the model"}
+SLOW = {"loss", "step"} | {"gpu", "compiled"}  # start processes, or trace a model
 
 
 @needs_transformers
@@ -187,7 +243,7 @@ SLOW = {"loss": "starts processes", "gpu": "traces the model"}
 def test_every_section_runs_in_miniature(name, tmp_path, capsys):
     """Guards against an hour's benchmark that fails in its last section."""
     command = ["--quick", "--rounds", "2", "--sections", name, "--out", str(tmp_path)]
-    assert bench.main(command) == 0
+    assert bench.main([*command, "--against", str(bench_step.ROOT)]) == 0
     content = json.loads((tmp_path / "bench.json").read_text())
     assert content["rows"]
     assert not content["skipped"]
@@ -225,6 +281,44 @@ def test_a_wrong_command_line_is_refused_at_once(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         bench.main(arguments)
     assert message in capsys.readouterr().err
+
+
+@needs_transformers
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--sections", "step", "--against", "no-such-revision"],
+            "--against no-such-revision: nei",
+        ),
+        (["--cpu-time", "--threads", "2"], "--cpu-time: only with --device cpu and one thread"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_one_line(arguments, message, tmp_path, capsys):
+    """Guards against git's error, or CPU seconds of two threads that pass for time."""
+    threads = torch.get_num_threads()
+    try:
+        assert bench.main([*arguments, "--quick", "--out", str(tmp_path)]) == 1
+    finally:
+        torch.set_num_threads(threads)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@needs_transformers
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is said without a CUDA device")
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("gpu", "skipped: all cases: PyTorch sees no CUDA device"),
+        ("step", "skipped: all cases: name what to compare with: --against"),
+    ],
+)
+def test_a_section_that_cannot_run_says_so_and_succeeds(name, line, tmp_path, capsys):
+    """Guards against a failed run on the machines that most people have."""
+    assert bench.main(["--sections", name, "--out", str(tmp_path)]) == 0
+    assert line in " ".join(capsys.readouterr().out.split())
 
 
 def test_without_transformers_the_cure_is_named(monkeypatch, tmp_path, capsys):

@@ -162,7 +162,7 @@ def test_tests_say_what_they_test() -> None:
     known = {"_".join(module.split(".")) for module in MODULES}
     known |= {name.removeprefix("sandbox_") for name in known}
     known |= {"_".join(module.split(".")[-2:]) for module in MODULES}
-    topics = {"house", "notebooks", "readme", "experiments"}
+    topics = {"house", "notebooks", "readme", "experiments", "gpu", "step"}
     for path in (ROOT / "tests").glob("test_*.py"):
         subject = path.stem.removeprefix("test_")
         starts = any(subject == name or subject.startswith(f"{name}_") for name in known)
