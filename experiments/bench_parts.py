@@ -15,10 +15,10 @@ from experiments.bench_measure import Bench, Row, Sampler, Skip, agree
 from experiments.bench_models import our_loss, random_tokens, shape, twins
 from experiments.bench_peers import ExpertLoop
 from sandbox.backbone import rope
-from sandbox.backbone.attention import Visibility
 from sandbox.backbone.config import BackboneConfig
 from sandbox.backbone.moe import FeedForward
 from sandbox.backbone.transformer import Backbone
+from sandbox.backbone.visibility import Visibility
 
 
 def there_and_back(call: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], list[Tensor]]:

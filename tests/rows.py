@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from encoders.patches import Patches
 from fusion.cross_attention import CrossAttention
 from fusion.early import EarlyFusion
-from sandbox.backbone.attention import Coordinates, visible
 from sandbox.backbone.config import BackboneConfig
 from sandbox.backbone.moe import MoE
 from sandbox.backbone.transformer import Backbone
+from sandbox.backbone.visibility import Coordinates, visible
 from sandbox.data.batch import IGNORE, Batch, Example, collate, pack
 from sandbox.data.prompt import Prompt, PromptEncoder
 from sandbox.data.task import Question, Sample

@@ -16,9 +16,9 @@ import yaml
 from PIL import Image as PILImage
 
 from sandbox import cli
-from sandbox.backbone.attention import Visibility
 from sandbox.backbone.config import BackboneConfig
 from sandbox.backbone.moe import MoE
+from sandbox.backbone.visibility import Visibility
 from sandbox.checkpoint import load_model, read_checkpoint, save_model
 from sandbox.generate import Sampling
 from sandbox.runs import find_weights

@@ -161,7 +161,8 @@ class MoE(nn.Module):
             FeedForward(config.width, config.expert_hidden) if config.shared_expert else None
         )
         if config.balance == "bias":
-            self.register_buffer("balance_bias", torch.zeros(config.experts))
+            zeros = torch.zeros(config.experts, dtype=torch.float32)
+            self.register_buffer("balance_bias", zeros)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoE":
         """Convert weights; the balancing bias stays in fp32, where small steps add up."""
