@@ -5,12 +5,31 @@ length therefore need no padding on the left: what padding on the right writes i
 rule ``slot <= position`` until the tokens that follow overwrite it.
 """
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sandbox.backbone.attention import NOWHERE, Coordinates, Visibility, attend, visible
 from sandbox.backbone.config import BackboneConfig
 from sandbox.errors import UserError
+
+
+class Slots(NamedTuple):
+    """Where one new token of every row goes in the layers of one kind, and what it sees there.
+
+    Attributes:
+        rows: index of the rows; all, where they share a slot.
+        at: slot of the new token, one for all rows or int64 ``[B]``.
+        seen: slots to attend over, from 0 on.
+        mask: ``[B, 1, 1, seen]``, 0 or minus infinity; None where every row sees all of them.
+    """
+
+    rows: slice | Tensor
+    at: int | Tensor
+    seen: int
+    mask: Tensor | None
 
 
 class KVCache:
@@ -31,6 +50,7 @@ class KVCache:
         ]
         slots = [min(config.chunk or capacity, capacity) if x else capacity for x in self.local]
         shapes = [(rows, s, config.kv_heads, config.head_dim) for s in slots]
+        self.dtype = like.dtype
         self.keys = [like.new_zeros(shape) for shape in shapes]
         self.values = [like.new_zeros(shape) for shape in shapes]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=like.device)
@@ -43,10 +63,27 @@ class KVCache:
         return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values))
 
     def select(self, rows: Tensor) -> None:
-        """Keep (or repeat) the given rows, int64 ``[B']``: rows that are done can leave."""
-        self.keys = [x[rows] for x in self.keys]
-        self.values = [x[rows] for x in self.values]
-        self.lengths = self.lengths[rows]
+        """Keep, reorder or repeat rows, int64 ``[B']``: rows that are done can leave.
+
+        Where the first ``B'`` rows stay, except for some that rows from behind them replace, only
+        those are copied, in place.
+        """
+        count = len(rows)
+        holes = (rows != torch.arange(count, device=rows.device)).nonzero().squeeze(1)
+        fillers = rows[holes]
+        if count <= len(self.lengths) and bool((fillers >= count).all()):
+
+            def picked(x: Tensor) -> Tensor:
+                x[holes] = x[fillers]
+                return x[:count]
+        else:
+
+            def picked(x: Tensor) -> Tensor:
+                return x[rows]
+
+        self.keys = [picked(x) for x in self.keys]
+        self.values = [picked(x) for x in self.values]
+        self.lengths = picked(self.lengths)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, view: Visibility) -> Tensor:
         """Attention of new tokens ``[B, T, heads, K]`` over the row so far, which they then join.
@@ -55,10 +92,7 @@ class KVCache:
             UserError: the row would outgrow the cache.
         """
         T = q.shape[1]
-        if self.longest + T > self.capacity:
-            raise UserError(
-                f"the KV cache holds {self.capacity} tokens a row, {self.longest + T} are needed"
-            )
+        self._check(T)
         if self.longest == 0:
             mixed = view.attend(q, k, v, local=self.local[layer])
             self._write(layer, k, v, view)
@@ -78,21 +112,50 @@ class KVCache:
             self.lengths += (view.documents >= 0).sum(dim=1)
         self.longest += T
 
-    def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One token a row: write its slot, then attend over the slots up to it."""
-        keys, values, seen = self.keys[layer], self.values[layer], self.longest
-        slot = self.lengths
-        if self.local[layer]:
+    def slots(self, *, local: bool) -> "Slots":
+        """Where the next token of every row goes, on local or on global layers.
+
+        Raises:
+            UserError: the row would outgrow the cache.
+        """
+        self._check(1)
+        slot, last = self.lengths, self.longest
+        if local:
             assert self.chunk is not None
-            slot, seen = slot % self.chunk, seen % self.chunk if self.even else self.chunk - 1
+            slot, last = slot % self.chunk, last % self.chunk if self.even else self.chunk - 1
         if self.even:
-            keys[:, seen], values[:, seen] = k[:, 0], v[:, 0]
-            return attend(q, keys[:, : seen + 1], values[:, : seen + 1], causal=False)
-        rows = torch.arange(len(slot), device=slot.device)
-        keys[rows, slot], values[rows, slot] = k[:, 0], v[:, 0]
-        seen = min(seen + 1, keys.shape[1])
-        mask = torch.arange(seen, device=slot.device) <= slot[:, None, None]
-        return attend(q, keys[:, :seen], values[:, :seen], mask, causal=False)
+            return Slots(slice(None), last, last + 1, None)
+        seen = min(last + 1, self.chunk if local and self.chunk else self.capacity, self.capacity)
+        places = torch.arange(seen, device=slot.device)
+        hidden = (places > slot[:, None])[:, None, None]
+        mask = torch.zeros_like(hidden, dtype=self.dtype).masked_fill_(hidden, -torch.inf)
+        return Slots(torch.arange(len(slot), device=slot.device), slot, seen, mask)
+
+    def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: "Slots") -> Tensor:
+        """Attention of one token a row, ``[B, heads, K]``, over the row and itself; it joins them.
+
+        ``slots`` are those of the layer's kind.
+        """
+        keys, values = self.keys[layer], self.values[layer]
+        keys[slots.rows, slots.at], values[slots.rows, slots.at] = k, v
+        # The heads that share keys become queries of one head: each key is then read once.
+        return F.scaled_dot_product_attention(
+            q.unflatten(1, (k.shape[1], -1)),
+            keys[:, : slots.seen].transpose(1, 2),
+            values[:, : slots.seen].transpose(1, 2),
+            attn_mask=slots.mask,
+        ).flatten(1, 2)
+
+    def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One token a row, ``[B, 1, heads, K]``, as ``decode``."""
+        slots = self.slots(local=self.local[layer])
+        return self.decode(layer, q[:, 0], k[:, 0], v[:, 0], slots)[:, None]
+
+    def _check(self, T: int) -> None:
+        if self.longest + T > self.capacity:
+            raise UserError(
+                f"the KV cache holds {self.capacity} tokens a row, {self.longest + T} are needed"
+            )
 
     def _extend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, view: Visibility) -> Tensor:
         """Several tokens behind others: attend over what is held and over themselves."""

@@ -1,0 +1,1 @@
+"""How the backbone is computed fast on each kind of device."""
