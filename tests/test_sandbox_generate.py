@@ -328,7 +328,7 @@ def test_stopped_rows_are_not_decoded_further(model):
     """Guards against a reply that is cut for the eye, while its row is computed to the end."""
     whole = model.generate(PROMPTS[:3], max_tokens=30)
     steps: list[int] = []
-    handle = model.backbone.norm.register_forward_hook(lambda *a: steps.append(len(a[2])))
+    handle = model.backbone.embed.register_forward_hook(lambda *a: steps.append(len(a[2])))
     middle = whole[0][10]
     model.generate(PROMPTS[:1], max_tokens=30, stop=[middle])
     handle.remove()
@@ -338,7 +338,7 @@ def test_stopped_rows_are_not_decoded_further(model):
 def test_the_reader_of_a_stream_is_left_alone(model):
     """Guards against inference mode that leaks between pieces: what is made there cannot train."""
     recorded: list[bool] = []
-    handle = model.backbone.norm.register_forward_hook(
+    handle = model.backbone.embed.register_forward_hook(
         lambda *_: recorded.append(torch.is_inference_mode_enabled())
     )
     model.train()

@@ -5,6 +5,7 @@ length therefore need no padding on the left: what padding on the right writes i
 rule ``slot <= position`` until the tokens that follow overwrite it.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,19 @@ class Slots(NamedTuple):
     at: int | Tensor
     seen: int
     mask: Tensor | None
+
+
+def close_up(going: Sequence[int]) -> list[int]:
+    """An order of the places in ``going`` (ascending) that ``KVCache.select`` need not copy.
+
+    Places that stay within the new number of rows stay, the others fill what is free::
+
+        going 0 2 3 5  ->  0 5 2 3
+    """
+    count = len(going)
+    stay = {place for place in going if place < count}
+    rest = iter(place for place in going if place >= count)
+    return [place if place in stay else next(rest) for place in range(count)]
 
 
 class KVCache:
@@ -65,8 +79,8 @@ class KVCache:
     def select(self, rows: Tensor) -> None:
         """Keep, reorder or repeat rows, int64 ``[B']``: rows that are done can leave.
 
-        Where the first ``B'`` rows stay, except for some that rows from behind them replace, only
-        those are copied, in place.
+        Rows in the order of ``close_up`` are moved within the memory there is; only those that
+        change their place are copied.
         """
         count = len(rows)
         holes = (rows != torch.arange(count, device=rows.device)).nonzero().squeeze(1)
@@ -112,7 +126,7 @@ class KVCache:
             self.lengths += (view.documents >= 0).sum(dim=1)
         self.longest += T
 
-    def slots(self, *, local: bool) -> "Slots":
+    def slots(self, *, local: bool) -> Slots:
         """Where the next token of every row goes, on local or on global layers.
 
         Raises:
@@ -131,7 +145,7 @@ class KVCache:
         mask = torch.zeros_like(hidden, dtype=self.dtype).masked_fill_(hidden, -torch.inf)
         return Slots(torch.arange(len(slot), device=slot.device), slot, seen, mask)
 
-    def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: "Slots") -> Tensor:
+    def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Slots) -> Tensor:
         """Attention of one token a row, ``[B, heads, K]``, over the row and itself; it joins them.
 
         ``slots`` are those of the layer's kind.

@@ -87,7 +87,7 @@ class Decoder:
         self.config = config = backbone.config
         self.embed = backbone.embed
         self.frequency = backbone.frequency
-        self.layers = [_Layer(block) for block in backbone.layers]
+        self.layers = [_Layer(block) for block in backbone.layers if isinstance(block, Block)]
         self.head = _behind(backbone.norm, backbone.head.weight)
         self.floor = torch.tensor((config.width * config.norm_eps) ** 0.5)
         self.head_floor = torch.tensor((config.head_dim * config.norm_eps) ** 0.5)
@@ -232,7 +232,7 @@ def _route(moe: MoE, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def _routed(experts: Experts, x: Tensor, ids: Tensor) -> Tensor:
     """Each row of ``x [M, D]`` through the expert that ``ids``, int64 ``[M]``, gives it."""
-    E, D, _ = experts.gate_up.shape
+    E = len(experts.gate_up)
     large = experts.gate_up[0].numel() >= LARGE
     if len(x) <= (FEW_ROWS * E if large else 1):
         return bags(_swiglu(bags(x, experts.gate_up, ids)), experts.down, ids)
