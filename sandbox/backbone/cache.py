@@ -21,13 +21,11 @@ class Slots(NamedTuple):
     """Where one new token of every row goes in the layers of one kind, and what it sees there.
 
     Attributes:
-        rows: index of the rows; all, where they share a slot.
         at: slot of the new token, one for all rows or int64 ``[B]``.
         seen: slots to attend over, from 0 on.
         mask: ``[B, 1, 1, seen]``, 0 or minus infinity; None where every row sees all of them.
     """
 
-    rows: slice | Tensor
     at: int | Tensor
     seen: int
     mask: Tensor | None
@@ -138,12 +136,12 @@ class KVCache:
             assert self.chunk is not None
             slot, last = slot % self.chunk, last % self.chunk if self.even else self.chunk - 1
         if self.even:
-            return Slots(slice(None), last, last + 1, None)
+            return Slots(last, last + 1, None)
         seen = min(last + 1, self.chunk if local and self.chunk else self.capacity, self.capacity)
         places = torch.arange(seen, device=slot.device)
         hidden = (places > slot[:, None])[:, None, None]
         mask = torch.zeros_like(hidden, dtype=self.dtype).masked_fill_(hidden, -torch.inf)
-        return Slots(torch.arange(len(slot), device=slot.device), slot, seen, mask)
+        return Slots(slot, seen, mask)
 
     def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Slots) -> Tensor:
         """Attention of one token a row, ``[B, heads, K]``, over the row and itself; it joins them.
@@ -151,10 +149,15 @@ class KVCache:
         ``slots`` are those of the layer's kind.
         """
         keys, values = self.keys[layer], self.values[layer]
-        keys[slots.rows, slots.at], values[slots.rows, slots.at] = k, v
+        if isinstance(slots.at, int):
+            keys.select(1, slots.at).copy_(k)
+            values.select(1, slots.at).copy_(v)
+        else:
+            rows = torch.arange(len(q), device=q.device)
+            keys[rows, slots.at], values[rows, slots.at] = k, v
         # The heads that share keys become queries of one head: each key is then read once.
         return F.scaled_dot_product_attention(
-            q.unflatten(1, (k.shape[1], -1)),
+            q.reshape(q.shape[0], k.shape[1], -1, q.shape[2]),
             keys[:, : slots.seen].transpose(1, 2),
             values[:, : slots.seen].transpose(1, 2),
             attn_mask=slots.mask,

@@ -130,15 +130,15 @@ class Decoder:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[B, H, K]``, keys and values ``[B, G, K]`` of ``x [B, D]``."""
         H, G, K = self.config.heads, self.config.kv_heads, self.config.head_dim
-        heads = product(self._normed(x), layer.qkv).view(len(x), -1, K)
-        both, v = heads[:, : H + G], heads[:, H + G :]
+        heads = product(self._normed(x), layer.qkv).view(x.shape[0], -1, K)
+        both, v = heads.split_with_sizes((H + G, G), dim=1)
         if layer.rope:
             if self.config.qk_norm:  # before the rotation, which keeps norms
                 size = torch.linalg.vector_norm(both, dim=-1, keepdim=True)
                 both = both / torch.hypot(size, self.head_floor)
-            pairs = torch.view_as_complex(both.unflatten(-1, (-1, 2)))
+            pairs = torch.view_as_complex(both.view(x.shape[0], H + G, -1, 2))
             both = torch.view_as_real(pairs * turn).flatten(-2)
-        q, k = both[:, :H], both[:, H:]
+        q, k = both.split_with_sizes((H, G), dim=1)
         if temperature is not None and not layer.rope:
             q = q * temperature
         return q, k, v
@@ -150,9 +150,10 @@ class Decoder:
         if layer.moe is None:
             return x + product(_swiglu(y), layer.down)
         E, k = self.config.experts, self.config.top_k
+        hidden, logits = y.split_with_sizes((y.shape[1] - E, E), dim=1)
         if layer.shared:
-            x = x + product(_swiglu(y[:, :-E]), layer.down)
-        chosen, gate = _route(layer.moe, y[:, -E:])
+            x = x + product(_swiglu(hidden), layer.down)
+        chosen, gate = _route(layer.moe, logits)
         visits = normed * layer.norm
         if k > 1:
             visits = visits.repeat_interleave(k, dim=0)
@@ -161,7 +162,7 @@ class Decoder:
             routed = _routed(layer.moe.experts, visits * scale, chosen.flatten())
         else:
             routed = _routed(layer.moe.experts, visits, chosen.flatten()) * scale
-        return x + (routed if k == 1 else routed.view(len(x), k, -1).sum(dim=1))
+        return x + (routed if k == 1 else routed.view(x.shape[0], k, -1).sum(dim=1))
 
 
 class _Layer:
@@ -195,9 +196,10 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
     On several threads a matrix product shares its columns between them, and bags would not.
     """
-    if len(x) > FEW_ROWS or weight.numel() < LARGE or torch.get_num_threads() > 1:
+    few = x.shape[0] <= FEW_ROWS  # `len` of a tensor takes as long as an operation
+    if not few or weight.numel() < LARGE or torch.get_num_threads() > 1:
         return torch.mm(x, weight)
-    rows, starts = _places(len(x), len(weight))
+    rows, starts = _places(*x.shape)
     return torch.embedding_bag(weight, rows, starts, False, 0, False, x.flatten())[0]
 
 
@@ -232,9 +234,12 @@ def _route(moe: MoE, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def _routed(experts: Experts, x: Tensor, ids: Tensor) -> Tensor:
     """Each row of ``x [M, D]`` through the expert that ``ids``, int64 ``[M]``, gives it."""
-    E = len(experts.gate_up)
-    large = experts.gate_up[0].numel() >= LARGE
-    if len(x) <= (FEW_ROWS * E if large else 1):
+    E = experts.gate_up.shape[0]
+    if ids.shape[0] == 1:
+        expert = int(ids)
+        acts = _swiglu(product(x, experts.gate_up[expert]))
+        return product(acts, experts.down[expert])
+    if ids.shape[0] <= FEW_ROWS * E and experts.gate_up[0].numel() >= LARGE:
         return bags(_swiglu(bags(x, experts.gate_up, ids)), experts.down, ids)
     ids, order = ids.sort(stable=True)
     ends = torch.searchsorted(ids, torch.arange(E), right=True, out_int32=True)
