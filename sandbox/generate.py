@@ -83,9 +83,7 @@ class Sampling:
         """
         seeds = [self.seed] * prompts if isinstance(self.seed, int) else self.seed
         if len(seeds) != prompts:
-            raise UserError(
-                f"sampling: {len(seeds)} seeds for {prompts} prompts: give one for each"
-            )
+            raise UserError(f"sampling: {len(seeds)} seeds for {prompts} prompts, not one for each")
         each = (seed + n for seed in seeds for n in range(replies))
         generators = [torch.Generator().manual_seed(seed) for seed in each]
         return torch.stack([torch.rand(self.max_tokens, generator=g) for g in generators])

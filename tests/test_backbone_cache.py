@@ -56,7 +56,7 @@ def test_ragged_rows_decode_as_if_alone(chunk):
     """Guards against padding that shifts positions or is attended to."""
     model = backbone(chunk)
     prompt, reply = (torch.randint(0, VOCABULARY, (2, n)) for n in (T, 12))
-    short = 13
+    short = 14  # in another place of its chunk than the long row
     documents = torch.zeros_like(prompt)
     documents[1, short:] = -1
     cache = KVCache(model.config, rows=2, capacity=T + 12, like=torch.zeros(()))
