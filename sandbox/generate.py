@@ -1,21 +1,23 @@
 """Cached decoding over multimodal prompts of unequal length.
 
-There is one loop, ``_decode``; token ids, whole replies and streamed text are three ways to read
-it. A row's reply does not depend on the rows beside it: it has its own positions, its own place in
-the cache and its own random draws. Its logits may still differ in the last bits, since matrix
-kernels sum in another order for another number of rows; only a tie that close could turn a token.
+There is one loop, ``_decode``; token ids, whole replies, groups of replies to one prompt and
+streamed text are ways to read it. A row's reply does not depend on the rows beside it: it has its
+own positions, its own place in the cache and its own random draws. Its logits may still differ in
+the last bits, since matrix kernels sum in another order for another number of rows; only a tie that
+close could turn a token.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fusion.base import Fused
-from sandbox.backbone.cache import KVCache
+from sandbox.backbone.cache import KVCache, close_up
+from sandbox.backbone.decode import Step, decoding
 from sandbox.backbone.transformer import Backbone
 from sandbox.data.batch import collate
 from sandbox.data.prompt import Prompt
@@ -24,6 +26,8 @@ from sandbox.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from sandbox.model import VisionLanguageModel
+
+Item = TypeVar("Item")
 
 UNFINISHED = "\ufffd"  # what decodes from bytes that are no UTF-8, or not yet
 
@@ -68,19 +72,20 @@ class Sampling:
             if not holds:
                 raise UserError(f"sampling: {name} must be {rule}, got {getattr(self, name)}")
 
-    def draws(self, rows: int) -> Tensor:
-        """Uniform numbers in [0, 1) that decide every token: fp32 ``[rows, max_tokens]``.
+    def draws(self, prompts: int, replies: int = 1) -> Tensor:
+        """Uniform numbers in [0, 1) that decide every token: ``[prompts * replies, max_tokens]``.
 
-        Drawn on the CPU, so a seed means the same on every device, and longer replies begin as
-        shorter ones do.
+        In fp32 and drawn on the CPU, so a seed means the same on every device, and longer replies
+        begin as shorter ones do. Reply n to a prompt draws with the prompt's seed + n.
 
         Raises:
-            UserError: there are several seeds, but not one for each row.
+            UserError: there are several seeds, but not one for each prompt.
         """
-        seeds = [self.seed] * rows if isinstance(self.seed, int) else self.seed
-        if len(seeds) != rows:
-            raise UserError(f"sampling: {len(seeds)} seeds for {rows} prompts: give one for each")
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        seeds = [self.seed] * prompts if isinstance(self.seed, int) else self.seed
+        if len(seeds) != prompts:
+            raise UserError(f"sampling: {len(seeds)} seeds for {prompts} prompts, not one for each")
+        each = (seed + n for seed in seeds for n in range(replies))
+        generators = [torch.Generator().manual_seed(seed) for seed in each]
         n, precise = self.max_tokens, torch.float32  # whatever the default dtype
         return torch.stack([torch.rand(n, generator=g, dtype=precise) for g in generators])
 
@@ -111,10 +116,33 @@ def generate(
     Raises:
         UserError: a prompt cannot be encoded, or the model has no tokenizer.
     """
-    replies = [""] * len(prompts)
-    for row, piece in stream(model, prompts, sampling):
-        replies[row] += piece
-    return [reply.strip() for reply in replies]
+    return [group[0] for group in generate_groups(model, prompts, sampling, replies=1)]
+
+
+@torch.inference_mode()
+def generate_groups(
+    model: "VisionLanguageModel", prompts: Sequence[Prompt], sampling: Sampling, replies: int
+) -> list[list[str]]:
+    """Several replies to each prompt, which is read once: ``[prompts][replies]``.
+
+    They are the replies of ``generate`` to the prompts repeated, where reply n to a prompt has the
+    prompt's seed + n.
+
+    Raises:
+        UserError: a prompt cannot be encoded, the model has no tokenizer, or replies is below 1.
+    """
+    _check(replies)
+    texts = [""] * (len(prompts) * replies)
+    if sampling.stop:
+        for row, piece in _pieces(model, prompts, sampling, replies):
+            texts[row] += piece
+    elif prompts:
+        tokenizer = model.prompts.tokenizer
+        stops, done = {*tokenizer.stop_ids, *sampling.stop_ids}, set[int]()
+        with evaluating(model):
+            tokens = _tokens(model, prompts, sampling, replies, done)
+            texts = [tokenizer.decode(ids) for ids in _gather(tokens, len(texts), stops, done)]
+    return _grouped([text.strip() for text in texts], replies)
 
 
 # As a decorator it is in force only while this generator runs, not in the code that reads it.
@@ -130,26 +158,7 @@ def stream(
     Raises:
         UserError: a prompt cannot be encoded, or the model has no tokenizer.
     """
-    encoder = model.prompts
-    if not prompts:
-        return
-    stops = {*encoder.tokenizer.stop_ids, *sampling.stop_ids}
-    texts = [_Text(encoder.tokenizer, sampling.stop) for _ in prompts]
-    done: set[int] = set()
-    with evaluating(model):
-        examples = [encoder.encode(prompt, reply=True) for prompt in prompts]
-        batch = collate(examples, name="prompts").to(model.backbone.embed.weight.device)
-        fused = model.fuse(batch)
-        for row, token in _decode(model.backbone, fused, batch.documents, sampling, done):
-            text = texts[row]
-            piece = text.close() if token in stops else text.add(token)
-            if text.closed:
-                done.add(row)
-            if piece:
-                yield row, piece
-        for row, text in enumerate(texts):
-            if piece := text.close():
-                yield row, piece
+    yield from _pieces(model, prompts, sampling, replies=1)
 
 
 def generate_ids(
@@ -169,18 +178,88 @@ def generate_ids(
     Raises:
         UserError: the sampling has stop strings, which only text can hold.
     """
+    return [group[0] for group in generate_group_ids(backbone, prompt, sampling, 1, documents)]
+
+
+def generate_group_ids(
+    backbone: Backbone,
+    prompt: Tensor | Fused,
+    sampling: Sampling,
+    replies: int,
+    documents: Tensor | None = None,
+) -> list[list[list[int]]]:
+    """Token ids of several replies to each prompt, see ``generate_groups`` and ``generate_ids``.
+
+    Raises:
+        UserError: the sampling has stop strings, which only text can hold, or replies is below 1.
+    """
     if sampling.stop:
         raise UserError("sampling: stop strings need text: give stop_ids to stop at token ids")
+    _check(replies)
     done: set[int] = set()
     with inference(backbone):
         fused = prompt if isinstance(prompt, Fused) else Fused(backbone.embed(prompt))
-        replies: list[list[int]] = [[] for _ in fused.embeds]
-        for row, token in _decode(backbone, fused, documents, sampling, done):
-            if token in sampling.stop_ids:
+        tokens = _decode(backbone, fused, documents, sampling, replies, done)
+        rows = len(fused.embeds) * replies
+        return _grouped(_gather(tokens, rows, sampling.stop_ids, done), replies)
+
+
+def _check(replies: int) -> None:
+    if replies < 1:
+        raise UserError(f"sampling: replies must be at least 1, got {replies}")
+
+
+def _grouped(rows: list[Item], replies: int) -> list[list[Item]]:
+    return [rows[first : first + replies] for first in range(0, len(rows), replies)]
+
+
+def _gather(
+    tokens: Iterator[tuple[int, int]], rows: int, stops: Container[int], done: set[int]
+) -> list[list[int]]:
+    """The ids of each row up to the first that stops it, which is left out."""
+    found: list[list[int]] = [[] for _ in range(rows)]
+    for row, token in tokens:
+        if token in stops:
+            done.add(row)
+        else:
+            found[row].append(token)
+    return found
+
+
+def _pieces(
+    model: "VisionLanguageModel", prompts: Sequence[Prompt], sampling: Sampling, replies: int
+) -> Iterator[tuple[int, str]]:
+    """The replies piece by piece, as (row, further text), see ``stream``."""
+    if not prompts:
+        return
+    tokenizer = model.prompts.tokenizer
+    stops = {*tokenizer.stop_ids, *sampling.stop_ids}
+    texts = [_Text(tokenizer, sampling.stop) for _ in range(len(prompts) * replies)]
+    done: set[int] = set()
+    with evaluating(model):
+        for row, token in _tokens(model, prompts, sampling, replies, done):
+            text = texts[row]
+            piece = text.close() if token in stops else text.add(token)
+            if text.closed:
                 done.add(row)
-            else:
-                replies[row].append(token)
-    return replies
+            if piece:
+                yield row, piece
+        for row, text in enumerate(texts):
+            if piece := text.close():
+                yield row, piece
+
+
+def _tokens(
+    model: "VisionLanguageModel",
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    replies: int,
+    done: set[int],
+) -> Iterator[tuple[int, int]]:
+    """What ``_decode`` gives for the prompts."""
+    examples = [model.prompts.encode(prompt, reply=True) for prompt in prompts]
+    batch = collate(examples, name="prompts").to(model.backbone.embed.weight.device)
+    return _decode(model.backbone, model.fuse(batch), batch.documents, sampling, replies, done)
 
 
 def _decode(
@@ -188,17 +267,18 @@ def _decode(
     prompt: Fused,
     documents: Tensor | None,
     sampling: Sampling,
+    replies: int,
     done: set[int],
 ) -> Iterator[tuple[int, int]]:
-    """Every row's tokens as (row, token), step by step.
+    """Every reply's tokens as (row, token), step by step; prompt b has rows from b * replies on.
 
-    Rows are padded on the right and keep their true positions. The reader adds to ``done`` the rows
-    that have ended; they leave the batch before the next step. Of each step the host waits for
+    Prompts are padded on the right and keep their true positions. The reader adds to ``done`` the
+    rows that have ended; they leave the batch before the next step. Of each step the host waits for
     the chosen tokens, and for nothing else.
     """
     B, T = prompt.embeds.shape[:2]
     device = prompt.embeds.device
-    draws = sampling.draws(B).to(device)
+    draws = sampling.draws(B, replies).to(device)
     # The last token is never read.
     cache = KVCache(backbone.config, B, T + sampling.max_tokens - 1, like=prompt.embeds)
     adapters, context = prompt.adapters, prompt.context
@@ -211,25 +291,31 @@ def _decode(
         context=context,
     ).hidden
     last = cache.lengths - 1
-    hidden = hidden[torch.arange(B, device=device), last]
+    logits = backbone.unembed(hidden[torch.arange(B, device=device), last])
     if context is not None:
         context = context.decoding(last)
-    rows = list(range(B))  # the prompt that each row of the cache still answers
+    rows = list(range(B * replies))  # the reply that each row of the cache still writes
+    if replies > 1:
+        copies = torch.arange(B, device=device).repeat_interleave(replies)
+        logits = logits[copies]
+        cache.select(copies)
+        context = None if context is None else context.select(copies)
+    decode: Step | None = None
     for step in range(sampling.max_tokens):
-        tokens = choose(backbone.unembed(hidden), sampling, draws[:, step])
+        tokens = choose(logits, sampling, draws[:, step])
         yield from zip(rows, tokens.tolist(), strict=True)
         going = [place for place, row in enumerate(rows) if row not in done]
         if not going or step == sampling.max_tokens - 1:
             return
         if len(going) < len(rows):
+            going = close_up(going)
             rows = [rows[place] for place in going]
             kept = torch.tensor(going, device=device)
             tokens, draws = tokens[kept], draws[kept]
             cache.select(kept)
-            if context is not None:
-                context = context.select(kept)
-        decoded = backbone(tokens[:, None], cache=cache, adapters=adapters, context=context)
-        hidden = decoded.hidden[:, 0]
+            context = None if context is None else context.select(kept)
+        decode = decode or decoding(backbone)  # not before it is certain that there is a step
+        logits = decode(tokens, cache, adapters, context)
 
 
 def choose(logits: Tensor, sampling: Sampling, draw: Tensor) -> Tensor:

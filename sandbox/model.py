@@ -16,7 +16,14 @@ from sandbox.backbone.transformer import Backbone
 from sandbox.data.batch import Batch
 from sandbox.data.prompt import Prompt, PromptEncoder
 from sandbox.errors import UserError
-from sandbox.generate import Sampling, generate, generate_ids, inference, stream
+from sandbox.generate import (
+    Sampling,
+    generate,
+    generate_group_ids,
+    generate_groups,
+    inference,
+    stream,
+)
 from sandbox.tokenizer import Tokenizer
 
 FusionBuilder = Callable[[int, int, int], Fusion]
@@ -221,20 +228,35 @@ class VisionLanguageModel(nn.Module):
         """The answers as they are written, as (number of the prompt, further text)."""
         return stream(self, prompts, Sampling(**sampling))
 
+    def generate_groups(
+        self, prompts: Sequence[Prompt], *, replies: int, **sampling: Any
+    ) -> list[list[str]]:
+        """Several answers to each prompt, which is read once: ``[prompts][replies]``.
+
+        Answer n to a prompt draws with ``seed + n``; give a temperature, or all are the same.
+        """
+        return generate_groups(self, prompts, Sampling(**sampling), replies)
+
     def generate_ids(self, batch: Batch | Tensor, **sampling: Any) -> list[list[int]]:
         """Token ids that follow a collated batch, or tokens int64 ``[B, T]`` without images.
 
         Raises:
             ValueError: the batch is packed: a reply continues a row, so it must be one document.
         """
+        return [group[0] for group in self.generate_group_ids(batch, replies=1, **sampling)]
+
+    def generate_group_ids(
+        self, batch: Batch | Tensor, *, replies: int, **sampling: Any
+    ) -> list[list[list[int]]]:
+        """Token ids of several replies to each row, ``[rows][replies]``; see ``generate_ids``."""
         chosen = Sampling(**sampling)
         if isinstance(batch, Tensor):
-            return generate_ids(self.backbone, batch, chosen)
+            return generate_group_ids(self.backbone, batch, chosen, replies)
         documents = batch.documents
         if batch.branches is not None or (documents is not None and bool((documents > 0).any())):
             raise ValueError("a reply continues a row, and rows of this batch hold several texts")
         with inference(self):
-            return generate_ids(self.backbone, self.fuse(batch), chosen, documents)
+            return generate_group_ids(self.backbone, self.fuse(batch), chosen, replies, documents)
 
     def describe(self) -> dict[str, object]:
         """Plain values from which ``checkpoint.build_model`` makes the same architecture."""

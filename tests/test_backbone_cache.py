@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sandbox.backbone.cache import KVCache
+from sandbox.backbone.cache import KVCache, close_up
 from sandbox.backbone.config import BackboneConfig
 from sandbox.backbone.transformer import Backbone
 from sandbox.errors import UserError
@@ -56,7 +56,7 @@ def test_ragged_rows_decode_as_if_alone(chunk):
     """Guards against padding that shifts positions or is attended to."""
     model = backbone(chunk)
     prompt, reply = (torch.randint(0, VOCABULARY, (2, n)) for n in (T, 12))
-    short = 13
+    short = 14  # in another place of its chunk than the long row
     documents = torch.zeros_like(prompt)
     documents[1, short:] = -1
     cache = KVCache(model.config, rows=2, capacity=T + 12, like=torch.zeros(()))
@@ -95,6 +95,48 @@ def test_rows_can_leave():
     kept = tokens[[2, 0]]
     expected = logits(model, kept)[:, 10:]
     torch.testing.assert_close(logits(model, kept[:, 10:], cache=cache), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_rows_that_close_up_are_the_rows_that_stay(even):
+    """Guards against a row that is overwritten before it has moved, and against memory that is
+    copied whole whenever a reply ends.
+    """
+    model = backbone(8)
+    rows = 7
+    tokens = torch.randint(0, VOCABULARY, (rows, 11))
+    documents = torch.zeros_like(tokens)
+    for row in range(0 if even else rows):
+        documents[row, 4 + row :] = -1
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(12):
+        cache = KVCache(model.config, rows, capacity=12, like=torch.zeros(()))
+        model(tokens, documents=None if even else documents, cache=cache)
+        before = [x.clone() for x in (*cache.keys, *cache.values, cache.lengths)]
+        places = [x.data_ptr() for x in cache.keys]
+        count = int(torch.randint(1, rows + 1, (), generator=generator))
+        stay = torch.randperm(rows, generator=generator)[:count]
+        kept = close_up(sorted(stay.tolist()))
+        assert sorted(kept) == sorted(stay.tolist())
+        cache.select(torch.tensor(kept))
+        assert [x.data_ptr() for x in cache.keys] == places
+        for x, y in zip((*cache.keys, *cache.values, cache.lengths), before, strict=True):
+            assert x.equal(y[kept])
+
+
+def test_rows_can_be_repeated():
+    """Guards against copies of a row that share memory: the first to write would change all."""
+    model = backbone(8)
+    tokens = torch.randint(0, VOCABULARY, (2, 10))
+    cache = KVCache(model.config, rows=2, capacity=20, like=torch.zeros(()))
+    model(tokens, cache=cache)
+    copies = torch.tensor([0, 0, 1, 1])
+    cache.select(copies)
+    rows = torch.cat((tokens[copies], torch.tensor([[1], [2], [1], [2]])), dim=1)
+    for token in (3, 4):
+        found = logits(model, rows[:, -1:], cache=cache)
+        torch.testing.assert_close(found[:, 0], logits(model, rows)[:, -1], **TOLERANCE)
+        rows = torch.cat((rows, torch.full((4, 1), token)), dim=1)
 
 
 def test_local_layers_hold_one_chunk():

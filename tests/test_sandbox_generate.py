@@ -19,7 +19,7 @@ from sandbox.backbone.transformer import Backbone
 from sandbox.data.batch import collate, pack
 from sandbox.data.prompt import Prompt
 from sandbox.errors import UserError
-from sandbox.generate import Sampling, choose, generate_ids
+from sandbox.generate import Sampling, choose, generate_group_ids, generate_ids
 from sandbox.model import VisionLanguageModel
 from sandbox.tokenizer import Tokenizer
 
@@ -120,6 +120,54 @@ def test_ids_need_no_tokenizer():
         generate_ids(backbone, tokens, Sampling(stop=["."]))
 
 
+@pytest.mark.parametrize("stop", [(), ("e", "qu")], ids=["", "stop"])
+def test_groups_are_the_replies_to_repeated_prompts(model, stop):
+    """Guards against a reply behind another prompt's copy, and draws that replies share."""
+    G, ends = 3, (*range(0, model.tokenizer.vocab_size, 9), *model.tokenizer.stop_ids)
+    seeds = [100 * n for n in range(len(PROMPTS))]
+    options = vars(SAMPLED) | {"stop_ids": ends}
+    repeated = [prompt for prompt in PROMPTS for _ in range(G)]
+    each = [seed + n for seed in seeds for n in range(G)]
+    texts = model.generate(repeated, **options | {"seed": each, "stop": stop})
+    assert len(set(texts)) > len(PROMPTS)
+    assert model.generate_groups(PROMPTS, replies=G, **options | {"seed": seeds, "stop": stop}) == [
+        texts[first : first + G] for first in range(0, len(texts), G)
+    ]
+    examples, copies = (
+        collate([model.prompts.encode(prompt, reply=True) for prompt in prompts])
+        for prompts in (PROMPTS, repeated)
+    )
+    ids = model.generate_ids(copies, **options | {"seed": each})
+    assert len({len(reply) for reply in ids}) > 3
+    groups = model.generate_group_ids(examples, replies=G, **options | {"seed": seeds})
+    assert groups == [ids[first : first + G] for first in range(0, len(ids), G)]
+
+
+def test_a_group_reads_its_prompt_once(model):
+    """Guards against images that are encoded, and prompts that are read, for every reply anew."""
+    read: list[tuple[int, ...]] = []
+    hooks = [
+        model.encoder.register_forward_hook(lambda *a: read.append(tuple(a[1][0].shape))),
+        model.backbone.register_forward_pre_hook(
+            lambda *a: read.append(tuple(a[2]["embeds"].shape)), with_kwargs=True
+        ),
+    ]
+    groups = model.generate_groups(PROMPTS[:1], replies=5, temperature=1.0, max_tokens=3)
+    for hook in hooks:
+        hook.remove()
+    assert len(groups[0]) == 5
+    assert [shape[0] for shape in read] == [1, 1]
+
+
+def test_groups_at_the_edges(model):
+    """Guards against a group of no replies, and a division by it."""
+    assert model.generate_groups([], replies=4) == []
+    with pytest.raises(UserError, match="replies must be at least 1, got 0"):
+        model.generate_groups(PROMPTS, replies=0)
+    with pytest.raises(UserError, match="2 seeds for 3 prompts"):
+        model.generate_groups(PROMPTS[:3], replies=4, seed=[1, 2])
+
+
 def test_packed_rows_are_refused(model):
     """Guards against a reply that continues the padding, or one of several questions."""
     example = model.prompts.encode(PROMPTS[1])
@@ -174,6 +222,9 @@ def test_adapters_see_their_row_in_every_step():
             vectors = torch.cat((vectors, vectors[-1:]))
             reply.append(int(token))
         assert together[row] == reply
+    fused = Fused(embeds, adapters, _Context(shift))
+    groups = generate_group_ids(backbone, fused, sampling, 2, documents)
+    assert groups == [[reply, reply] for reply in together]
 
 
 # --- Choosing -------------------------------------------------------------------------------------
@@ -328,7 +379,7 @@ def test_stopped_rows_are_not_decoded_further(model):
     """Guards against a reply that is cut for the eye, while its row is computed to the end."""
     whole = model.generate(PROMPTS[:3], max_tokens=30)
     steps: list[int] = []
-    handle = model.backbone.norm.register_forward_hook(lambda *a: steps.append(len(a[2])))
+    handle = model.backbone.embed.register_forward_hook(lambda *a: steps.append(len(a[2])))
     middle = whole[0][10]
     model.generate(PROMPTS[:1], max_tokens=30, stop=[middle])
     handle.remove()
@@ -338,7 +389,7 @@ def test_stopped_rows_are_not_decoded_further(model):
 def test_the_reader_of_a_stream_is_left_alone(model):
     """Guards against inference mode that leaks between pieces: what is made there cannot train."""
     recorded: list[bool] = []
-    handle = model.backbone.norm.register_forward_hook(
+    handle = model.backbone.embed.register_forward_hook(
         lambda *_: recorded.append(torch.is_inference_mode_enabled())
     )
     model.train()

@@ -5,6 +5,9 @@ length therefore need no padding on the left: what padding on the right writes i
 rule ``slot <= position`` until the tokens that follow overwrite it.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +17,33 @@ from sandbox.backbone.config import BackboneConfig
 from sandbox.backbone.layers import compute_dtype
 from sandbox.backbone.visibility import Visibility
 from sandbox.errors import UserError
+
+
+class Slots(NamedTuple):
+    """Where one new token of every row goes in the layers of one kind, and what it sees there.
+
+    Attributes:
+        at: slot of the new token, one for all rows or int64 ``[B]``.
+        seen: slots to attend over, from 0 on.
+        mask: ``[B, 1, 1, seen]``, 0 or minus infinity; None where every row sees all of them.
+    """
+
+    at: int | Tensor
+    seen: int
+    mask: Tensor | None
+
+
+def close_up(going: Sequence[int]) -> list[int]:
+    """An order of the places in ``going`` (ascending) that ``KVCache.select`` need not copy.
+
+    Places that stay within the new number of rows stay, the others fill what is free::
+
+        going 0 2 3 5  ->  0 5 2 3
+    """
+    count = len(going)
+    stay = {place for place in going if place < count}
+    rest = iter(place for place in going if place >= count)
+    return [place if place in stay else next(rest) for place in range(count)]
 
 
 class KVCache:
@@ -34,9 +64,9 @@ class KVCache:
         ]
         slots = [min(config.chunk or capacity, capacity) if x else capacity for x in self.local]
         shapes = [(rows, s, config.kv_heads, config.head_dim) for s in slots]
-        dtype = compute_dtype(like)
-        self.keys = [like.new_zeros(shape, dtype=dtype) for shape in shapes]
-        self.values = [like.new_zeros(shape, dtype=dtype) for shape in shapes]
+        self.dtype = compute_dtype(like)
+        self.keys = [like.new_zeros(shape, dtype=self.dtype) for shape in shapes]
+        self.values = [like.new_zeros(shape, dtype=self.dtype) for shape in shapes]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=like.device)
         self.longest = 0
         self.even = True
@@ -47,10 +77,27 @@ class KVCache:
         return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values))
 
     def select(self, rows: Tensor) -> None:
-        """Keep (or repeat) the given rows, int64 ``[B']``: rows that are done can leave."""
-        self.keys = [x[rows] for x in self.keys]
-        self.values = [x[rows] for x in self.values]
-        self.lengths = self.lengths[rows]
+        """Keep, reorder or repeat rows, int64 ``[B']``: rows that are done can leave.
+
+        Rows in the order of ``close_up`` are moved within the memory there is; only those that
+        change their place are copied.
+        """
+        count = len(rows)
+        holes = (rows != torch.arange(count, device=rows.device)).nonzero().squeeze(1)
+        fillers = rows[holes]
+        if count <= len(self.lengths) and bool((fillers >= count).all()):
+
+            def picked(x: Tensor) -> Tensor:
+                x[holes] = x[fillers]
+                return x[:count]
+        else:
+
+            def picked(x: Tensor) -> Tensor:
+                return x[rows]
+
+        self.keys = [picked(x) for x in self.keys]
+        self.values = [picked(x) for x in self.values]
+        self.lengths = picked(self.lengths)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, view: Visibility) -> Tensor:
         """Attention of new tokens ``[M, heads, K]`` over their rows so far, which they then join.
@@ -59,15 +106,12 @@ class KVCache:
             UserError: the row would outgrow the cache.
         """
         T = view.shape[1]
-        if self.longest + T > self.capacity:
-            raise UserError(
-                f"the KV cache holds {self.capacity} tokens a row, {self.longest + T} are needed"
-            )
+        self._check(T)
         if self.longest == 0:
             mixed = backends.of(q).attend(q, k, v, view, local=self.local[layer])
             self._write(layer, k, v, view)
         elif T == 1:
-            mixed = self._decode(layer, *(x.unsqueeze(1) for x in (q, k, v))).squeeze(1)
+            mixed = self.decode(layer, q, k, v, self.slots(local=self.local[layer]))
         else:
             mixed = self._extend(layer, q, k, v, view)
             self._write(layer, k, v, view)
@@ -85,21 +129,50 @@ class KVCache:
             return self.lengths + view.shape[1]
         return self.lengths.index_add(0, view.row, torch.ones_like(view.row))
 
-    def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One token a row: write its slot, then attend over the slots up to it."""
-        keys, values, seen = self.keys[layer], self.values[layer], self.longest
-        slot = self.lengths
-        if self.local[layer]:
+    def slots(self, *, local: bool) -> Slots:
+        """Where the next token of every row goes, on local or on global layers.
+
+        Raises:
+            UserError: the row would outgrow the cache.
+        """
+        self._check(1)
+        slot, last = self.lengths, self.longest
+        if local:
             assert self.chunk is not None
-            slot, seen = slot % self.chunk, seen % self.chunk if self.even else self.chunk - 1
+            slot, last = slot % self.chunk, last % self.chunk if self.even else self.chunk - 1
         if self.even:
-            keys[:, seen], values[:, seen] = k[:, 0], v[:, 0]
-            return _attend_one(q, keys[:, : seen + 1], values[:, : seen + 1])
-        rows = torch.arange(len(slot), device=slot.device)
-        keys[rows, slot], values[rows, slot] = k[:, 0], v[:, 0]
-        seen = min(seen + 1, keys.shape[1])
-        mask = torch.arange(seen, device=slot.device) <= slot[:, None, None]
-        return _attend_one(q, keys[:, :seen], values[:, :seen], mask)
+            return Slots(last, last + 1, None)
+        seen = min(last + 1, self.chunk if local and self.chunk else self.capacity, self.capacity)
+        places = torch.arange(seen, device=slot.device)
+        hidden = (places > slot[:, None])[:, None, None]
+        mask = torch.zeros_like(hidden, dtype=self.dtype).masked_fill_(hidden, -torch.inf)
+        return Slots(slot, seen, mask)
+
+    def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Slots) -> Tensor:
+        """Attention of one token a row, ``[B, heads, K]``, over the row and itself; it joins them.
+
+        ``slots`` are those of the layer's kind.
+        """
+        keys, values = self.keys[layer], self.values[layer]
+        if isinstance(slots.at, int):
+            keys.select(1, slots.at).copy_(k)
+            values.select(1, slots.at).copy_(v)
+        else:
+            rows = torch.arange(len(q), device=q.device)
+            keys[rows, slots.at], values[rows, slots.at] = k, v
+        # The heads that share keys become queries of one head: each key is then read once.
+        return F.scaled_dot_product_attention(
+            q.reshape(q.shape[0], k.shape[1], -1, q.shape[2]),
+            keys[:, : slots.seen].transpose(1, 2),
+            values[:, : slots.seen].transpose(1, 2),
+            attn_mask=slots.mask,
+        ).flatten(1, 2)
+
+    def _check(self, T: int) -> None:
+        if self.longest + T > self.capacity:
+            raise UserError(
+                f"the KV cache holds {self.capacity} tokens a row, {self.longest + T} are needed"
+            )
 
     def _extend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, view: Visibility) -> Tensor:
         """Several tokens after others: attend over what is held and over themselves."""
@@ -132,17 +205,3 @@ class KVCache:
             k, v = k[kept], v[kept]
         for held, new in ((self.keys[layer], k), (self.values[layer], v)):
             held.flatten(0, 1).index_copy_(0, places, new.type_as(held))
-
-
-def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of one query a row, ``[B, 1, H, K]``, over ``k, v [B, T, G, K]``.
-
-    ``mask`` is bool ``[B, 1, T]``. The heads that share keys become queries of one head: each key
-    is then read once.
-    """
-    groups = q.reshape(len(q), k.shape[2], -1, q.shape[-1])
-    mask = None if mask is None else mask.unsqueeze(1)
-    mixed = F.scaled_dot_product_attention(
-        groups, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
-    )
-    return mixed.reshape(q.shape)

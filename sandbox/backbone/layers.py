@@ -1,4 +1,4 @@
-"""torch's linear layer and RMS norm, where a CPU can compute the same numbers faster."""
+"""A linear layer without bias, and torch's RMS norm in fewer passes over memory on a CPU."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -8,33 +8,16 @@ from torch import Tensor, nn
 
 from sandbox.backbone import backends
 
-FEW_ROWS = 8  # up to here a matrix product waits for its weights, not for its arithmetic
-LARGE = 1 << 15  # weights from which one row is worth doubling
-
 
 class Linear(nn.Linear):
-    """A linear layer without bias, quick for the few rows of a decoding step on a CPU.
-
-    With few rows the weights are read once and hardly used, and the BLAS that torch ships with
-    reads them at half speed or less in the shape ``x @ W.T`` (``make bench``, section decode).
-    ``W @ x.T`` is the same product in a shape that streams them, from two rows on.
-    """
+    """A linear layer without bias."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., inputs]`` to ``[..., outputs]``."""
-        rows = x.numel() // self.in_features
-        if torch.is_grad_enabled() or not 0 < rows <= FEW_ROWS or x.device.type != "cpu":
-            return backends.of(x).linear(x, self.weight)
-        if rows == 1 and self.weight.numel() < LARGE:
-            return super().forward(x)
-        flat = x.reshape(rows, -1)
-        if rows == 1:
-            flat = flat.expand(2, -1).contiguous()
-        product = torch.mm(self.weight, flat.T).T[:rows]
-        return product.reshape(*x.shape[:-1], self.out_features)
+        return backends.of(x).linear(x, self.weight)
 
 
 class RMSNorm(nn.RMSNorm):

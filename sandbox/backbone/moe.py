@@ -176,7 +176,7 @@ class MoE(nn.Module):
         flat = x.flatten(0, -2)
         with without_autocast(x):  # a rounded logit may turn a choice
             logits = self.router(flat.to(self.router.weight.dtype))
-        chosen, gate = self._select(logits)
+        chosen, gate = self.select(logits)
         if len(flat) == 1 and not torch.is_grad_enabled() and x.device.type == "cpu":
             routed = self._direct(flat, chosen, gate)
         else:
@@ -186,7 +186,7 @@ class MoE(nn.Module):
             self.layer, logits, chosen
         )
 
-    def _select(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def select(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The experts of each token and their gates: ``[M, k]`` of logits ``[M, E]``."""
         scores = logits.detach()
         if self.config.balance == "bias":

@@ -96,6 +96,14 @@ def behind_rows(new: Coordinates, lengths: Tensor, slots: int, chunk: int | None
     return Coordinates(*(torch.cat(pair) for pair in zip(old, new, strict=True)))
 
 
+def tempered(config: BackboneConfig, positions: Tensor) -> Tensor | None:
+    """The factor of NoPE queries, fp32 ``[M, 1, 1]`` of positions ``[M]``; None when it is off."""
+    if not config.temperature_scale:
+        return None
+    steps = torch.floor((positions + 1).float() / config.temperature_floor)
+    return (1 + config.temperature_scale * torch.log1p(steps))[:, None, None]
+
+
 class Visibility:
     """The coordinates of one forward pass, and what layers derive from them once.
 
@@ -148,10 +156,7 @@ class Visibility:
             documents[-self.blank :] = -1 - torch.arange(self.blank)
         self.coordinates = flat._replace(documents=documents)
         self.turn = rope.rotation(flat.positions, frequency)
-        self.temperature = None
-        if config.temperature_scale:
-            steps = torch.floor((flat.positions + 1).float() / config.temperature_floor)
-            self.temperature = (1 + config.temperature_scale * torch.log1p(steps))[:, None, None]
+        self.temperature = tempered(config, flat.positions)
         self.plans: dict[object, object] = {}
 
     def flat(self, x: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sandbox.backbone.cache import KVCache
+from sandbox.backbone.cache import KVCache, close_up
+from sandbox.backbone.decode import decoding
 from sandbox.data.batch import PADDING, Batch, Example, collate
 from sandbox.data.prompt import Prompt, PromptEncoder, Turn, context
 from sandbox.data.task import Sample
@@ -156,13 +157,14 @@ def _answer(model: VisionLanguageModel, group: Sequence[Ask], max_tokens: int) -
     padded = documents if bool((documents == PADDING).any()) else None
     hidden = backbone(tokens, documents=padded, cache=cache, adapters=adapters, context=seen).hidden
     last = torch.tensor([len(ask.tokens) - 1 for ask in group], device=device)
-    hidden = hidden[torch.arange(len(group), device=device), last]
+    logits = backbone.unembed(hidden[torch.arange(len(group), device=device), last])
+    decode = decoding(backbone)
 
     ids: list[list[int]] = [[] for _ in group]
     logs: list[list[float]] = [[] for _ in group]
     rows = list(range(len(group)))  # the question that each row of the cache still answers
     for step in range(max_tokens):
-        chosen, log = _choose(backbone.unembed(hidden))
+        chosen, log = _choose(logits)
         going = []
         for here, (row, token, probability) in enumerate(
             zip(rows, chosen.tolist(), log.tolist(), strict=True)
@@ -174,13 +176,13 @@ def _answer(model: VisionLanguageModel, group: Sequence[Ask], max_tokens: int) -
         if not going or step == max_tokens - 1:
             break
         if len(going) < len(rows):
+            going = close_up(going)
             rows = [rows[here] for here in going]
             kept = torch.tensor(going, device=device)
             chosen = chosen[kept]
             cache.select(kept)
             seen = None if seen is None else seen.select(kept)
-        hidden = backbone(chosen[:, None], cache=cache, adapters=adapters, context=seen).hidden
-        hidden = hidden[:, 0]
+        logits = decode(chosen, cache, adapters, seen)
     return [
         Reply(tokenizer.decode(each).strip(), exp(fsum(log)))
         for each, log in zip(ids, logs, strict=True)

@@ -26,8 +26,8 @@ def step_flops(objective: Objective, batch: Any) -> int:
     Counted are the matrix products and convolutions of all parts of the model, two FLOPs for each
     multiply-add; elementwise work is not. A frozen part costs no gradients of its weights and,
     where nothing that learns comes before it, no backward pass at all. The language model's head
-    costs as many rows as the batch has labels (the last layer's queries and feed-forward, too, where
-    few tokens have one), and padding costs nothing: two batches of one task differ, so take the
+    costs as many rows as the batch has labels, as do the last layer's queries and feed-forward
+    where few tokens have one. Padding costs nothing: two batches of one task differ, so take the
     mean over a few.
 
     The optimizer is left out: its work depends on the weights and not on the batch, and how much it
