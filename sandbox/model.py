@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from encoders.base import VisionEncoder
@@ -189,17 +190,33 @@ class VisionLanguageModel(nn.Module):
         return Output(loss, parts, correct, decoded.hidden, decoded.routing, self.backbone.head)
 
     def _router_losses(self, routing: Sequence[Routing], batch: Batch) -> dict[str, Tensor]:
+        """The routers' auxiliary losses by name, each the mean over mixture layers.
+
+        Where several processes train, they are those of the tokens of all of them together. Each
+        process holds the terms of its own tokens, times the number of processes: the mean over
+        processes, of losses as of gradients, is what one process would have that read them all.
+        """
         config = self.backbone.config
-        wanted = {
-            "balance": (balance_loss, config.balance == "loss"),
-            "router_z": (router_z_loss, config.router_z_loss > 0),
-        }
+        balance, router_z = config.balance == "loss", config.router_z_loss > 0
+        if not routing or not (balance or router_z):
+            return {}
         counted = batch.real_tokens
-        return {
-            name: torch.stack([loss(layer, counted) for layer in routing]).mean()
-            for name, (loss, on) in wanted.items()
-            if on and routing
-        }
+        losses: dict[str, list[Tensor]] = {}
+        share = None
+        loads = [layer.load(counted) for layer in routing] if balance else []
+        if torch.is_grad_enabled() and (processes := _processes()) > 1:
+            tokens = batch.tokens.numel() if counted is None else counted.sum()
+            sums = torch.cat([*loads, torch.as_tensor(tokens, device=batch.tokens.device)[None]])
+            dist.all_reduce(sums)  # once for all layers
+            *loads, total = sums.split([config.experts] * len(loads) + [1])
+            share = processes * tokens / total.squeeze()
+        if balance:
+            pairs = zip(routing, loads, strict=True)
+            losses["balance"] = [balance_loss(layer, counted, load) for layer, load in pairs]
+        if router_z:
+            losses["router_z"] = [router_z_loss(layer, counted) for layer in routing]
+        means = {name: torch.stack(each).mean() for name, each in losses.items()}
+        return means if share is None else {name: mean * share for name, mean in means.items()}
 
     def generate(self, prompts: Sequence[Prompt], **sampling: Any) -> list[str]:
         """Answers to the prompts, one each; greedy unless told otherwise (see ``Sampling``).
@@ -237,6 +254,12 @@ class VisionLanguageModel(nn.Module):
             "tokenizer": self.tokenizer and self.tokenizer.to_json(),
             "max_tiles": self.max_tiles,
         }
+
+
+def _processes() -> int:
+    """How many processes train together."""
+    together = dist.is_available() and dist.is_initialized()
+    return dist.get_world_size() if together else 1
 
 
 def described(part: VisionEncoder | Fusion) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """Feed-forward layers: dense, and a mixture of one shared and E routed experts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -108,7 +109,15 @@ class MoE(nn.Module):
             FeedForward(config.width, config.expert_hidden) if config.shared_expert else None
         )
         if config.balance == "bias":
-            self.register_buffer("balance_bias", torch.zeros(config.experts))
+            self.register_buffer("balance_bias", torch.zeros(config.experts, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoE":
+        """Move or convert the layer; the bias stays fp32: bf16 would swallow its small steps."""
+        bias: Tensor | None = getattr(self, "balance_bias", None)
+        super()._apply(fn, recurse)
+        if bias is not None and self.balance_bias.dtype != bias.dtype:
+            self.balance_bias = bias.to(self.balance_bias.device)
+        return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """Mix experts for every token of ``x [B, T, D]``."""
@@ -168,20 +177,28 @@ class MoE(nn.Module):
     def nudge(self, load: Tensor) -> None:
         """Move the selection bias one step towards even load (fp32 ``[E]``, visits of one step).
 
-        Source: auxiliary-loss-free balancing, arXiv 2408.15664, algorithm 1.
+        The bias keeps a mean of zero: only differences choose, and the mean would drift where more
+        experts are short of tokens than have too many.
+
+        Source: auxiliary-loss-free balancing, arXiv 2408.15664, algorithm 1; the centring is
+        torchtitan's (pull request 1506).
         """
         self.balance_bias += self.config.balance_rate * torch.sign(load.mean() - load)
+        self.balance_bias -= self.balance_bias.mean()
 
 
-def balance_loss(routing: Routing, chosen: Tensor | None = None) -> Tensor:
+def balance_loss(
+    routing: Routing, chosen: Tensor | None = None, load: Tensor | None = None
+) -> Tensor:
     """The auxiliary loss of Switch Transformers, arXiv 2101.03961, equation 4, times 1 / k.
 
     1 when load and probability are even. Probabilities are the softmax of the raw logits whatever
     the gate, so that the loss never sees a score squashed twice. ``chosen`` is a bool mask ``[M]``
-    of the tokens that count.
+    of the tokens that count; ``load``, fp32 ``[E]``, replaces their visits by those of a larger
+    batch that they are a part of.
     """
     logits = routing.logits if chosen is None else routing.logits[chosen]
-    load = routing.load(chosen)
+    load = routing.load(chosen) if load is None else load
     probability = logits.float().softmax(dim=-1).mean(dim=0)
     return len(load) * (load / load.sum() * probability).sum()
 
