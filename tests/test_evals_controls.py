@@ -125,7 +125,7 @@ def test_every_task_is_asked_once_in_every_way(task, monkeypatch):
     """Guards against tasks that go without a control, or pay for it twice."""
     asked = []
 
-    def evaluate(model, task, split, samples, *, images="own"):
+    def evaluate(model, task, split, samples, *, images, processes):
         asked.append((split, images))
         return []
 

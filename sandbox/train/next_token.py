@@ -111,11 +111,10 @@ class NextToken(Objective):
         copies = self.trainer.world_size * self.trainer.accumulate_grad_batches
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, copies / tokens)
-        if self.trainer.world_size > 1 and not tiles and not sums["tiles"]:
-            # As in one process, parts that no image has met stay as they are. (The second question
-            # waits for the device; a process that had images need not ask.)
-            for parameter in self._of_images:
-                parameter.grad = None
+        unmet = self._of_images if self.trainer.world_size > 1 and not tiles else []
+        if unmet and not sums["tiles"]:  # waits for the device; who has seen images need not ask
+            for parameter in unmet:
+                parameter.grad = None  # as in one process: what no image has met does not move
 
     def _log_training(
         self, loss: Tensor, accuracy: Tensor, parts: Mapping[str, Tensor], size: int

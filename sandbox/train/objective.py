@@ -70,7 +70,16 @@ class Objective(lightning.LightningModule):
         restore_rng(self.trainer, self._rng_states)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """MuonAdamW over what is not frozen, its schedule stepping with every update."""
+        """MuonAdamW over what is not frozen, its schedule stepping with every update.
+
+        Raises:
+            UserError: gradients would be scaled, and Muon has part in it.
+        """
+        if self.optimizer.name == "muon" and self.trainer.precision == "16-mixed":
+            raise UserError(
+                "trainer.precision 16-mixed scales gradients, which Muon is not made for: set "
+                "trainer.precision to bf16-mixed, or optimizer.name to adamw"
+            )
         steps = int(self.trainer.estimated_stepping_batches)
         optimizer, schedule = build_optimizer(self, self.optimizer, steps)
         return {
