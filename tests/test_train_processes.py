@@ -185,7 +185,7 @@ def train(name: str, folder: Path, rank: int = 0, world: int = 1) -> dict[str, A
     }
 
 
-class Stop(Exception):
+class Killed(BaseException):
     pass
 
 
@@ -201,7 +201,7 @@ class Names(Callback):
 
     def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
         if self.dies and trainer.global_step == DIES_IN:
-            raise Stop
+            raise Killed
 
 
 class Noisy(Pretrain):
@@ -223,7 +223,7 @@ def resumable(folder: Path, world: int, dies: bool = False, checkpoint: Any = No
     fit = trainer(folder, world, **options)
     lightning.seed_everything(fit.global_rank if checkpoint is None else 99, verbose=False)
     data = VQAData(InWords(Charts(size=32), share=0.5), BATCH, val_samples=8)
-    with suppress(Stop):
+    with suppress(Killed):
         fit.fit(pretrain, data, ckpt_path=checkpoint, weights_only=True)
     return names.names
 
@@ -273,7 +273,7 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder of the two processes, and what each has found."""
     folder = tmp_path_factory.mktemp("pair")
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0"}
@@ -294,7 +294,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[
             process.kill()
     for process, text in zip(processes, told, strict=True):
         assert process.returncode == 0, text[-3000:]
-    yield folder, [torch.load(folder / f"rank-{r}.pt", weights_only=False) for r in (0, 1)]
+    return folder, [torch.load(folder / f"rank-{r}.pt", weights_only=False) for r in (0, 1)]
 
 
 def distance(found: Sequence[Any], expected: Sequence[Any]) -> float:

@@ -39,8 +39,8 @@ class Align(NextToken):
             ``[fusion]`` trains the projector alone; with ``encoder.visual.transformer.resblocks.1``
             beside it, the second block of a MetaCLIP tower, too.
         contrastive: weight of the auxiliary loss, see ``CaptionContrast``. It needs captions in
-            the data (``sandbox.data.words.Described``). 0 leaves it out. It contrasts a batch of one
-            process: several are refused, and of accumulated batches each is contrasted by itself.
+            the data (``sandbox.data.words.Described``). 0 leaves it out. It contrasts one batch of
+            one process: of accumulated batches each by itself, and several processes are refused.
 
     Raises:
         UserError: a checkpoint is missing or does not fit, or ``train_only`` names no part of
@@ -81,9 +81,9 @@ class Align(NextToken):
         """
         if stage == "fit" and self.contrast is not None and self.trainer.world_size > 1:
             raise UserError(
-                f"contrastive={self.contrastive} with {self.trainer.world_size} processes: captions "
-                "of one process would not be contrasted with those of another; set "
-                "trainer.devices to 1, or contrastive to 0"
+                f"contrastive={self.contrastive} with {self.trainer.world_size} processes: each "
+                "would contrast its own captions alone; set trainer.devices to 1, or contrastive "
+                "to 0"
             )
 
     def train(self, mode: bool = True) -> "Align":

@@ -128,12 +128,17 @@ class MuonAdamW(AdamW):
                 state["remainder"] = torch.zeros_like(parameter)
         for shape, parameters in by_shape.items():
             for piece in _pieces(parameters, shape):
-                updates = [self._nesterov(*part, group["momentum"]) for part in piece]
-                orthogonal = orthogonalize(torch.cat(updates), group["newton_schulz_steps"])
-                counts = [len(update) for update in updates]
-                del updates
-                for part, update in zip(piece, orthogonal.split(counts), strict=True):
-                    self._move(*part, update, group)
+                self._muon_piece(piece, group)
+
+    def _muon_piece(self, piece: list[tuple[Tensor, slice]], group: dict[str, Any]) -> None:
+        """Update some matrices of one shape; what this takes is free again when it returns."""
+        updates = [self._nesterov(*part, group["momentum"]) for part in piece]
+        counts = [len(update) for update in updates]
+        stacked = torch.cat(updates)
+        del updates
+        orthogonal = orthogonalize(stacked, group["newton_schulz_steps"])
+        for part, update in zip(piece, orthogonal.split(counts), strict=True):
+            self._move(*part, update, group)
 
     def _nesterov(self, parameter: Tensor, part: slice, beta: float) -> Tensor:
         """Advance the momentum of some of a parameter's matrices; their update ``[n, ...]``."""
