@@ -5,9 +5,11 @@ One pair of processes (gloo, on the CPU) runs everything that the quick tests lo
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -19,6 +21,7 @@ import lightning
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
@@ -391,6 +394,86 @@ def test_monitors_know_of_all_processes(pair: Any):
     logged = (folder / "lightning_logs" / "bias" / "metrics.csv").read_text()
     for key in ("routing/load/layer0/image", "throughput/tokens_per_s", "train/grad_norm"):
         assert key in logged
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A configuration for two processes, one sample each: half of the time one has no image."""
+    part = lambda path, **given: {"class_path": path, "init_args": given}  # noqa: E731
+    charts = part("sandbox.data.charts.Charts", size=32)
+    monitors = ["RoutingMonitor", "Throughput", "SampleImages"]
+    config = {
+        "model": part(
+            "sandbox.train.pretrain.Pretrain",
+            encoder=part("encoders.patches.Patches", tile_size=32, patch_size=16, width=16),
+            fusion=part("fusion.early.EarlyFusion", shuffle=1),
+            backbone={"width": 32, "layers": 2, "heads": 2, "head_dim": 16, "expert_hidden": 32},
+        ),
+        "data": part(
+            "sandbox.data.module.VQAData",
+            task=part("sandbox.data.words.InWords", task=charts, share=0.5),
+            batch_size=1,
+            val_samples=8,
+            test_samples=40,
+        ),
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 2,
+            "strategy": "ddp",
+            "max_steps": 60,
+            "gradient_clip_val": 1.0,
+            "accumulate_grad_batches": 2,
+            "val_check_interval": 20,
+            "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 5,
+            "callbacks": [
+                part("sandbox.train.callbacks.Checkpoints", every=10),
+                *({"class_path": f"sandbox.train.monitors.{name}"} for name in monitors),
+            ],
+        },
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def sandbox(*arguments: Any) -> subprocess.Popen[bytes]:
+    """Start the command, in a process group of its own."""
+    command = [sys.executable, "-m", "sandbox.cli", *map(str, arguments)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, start_new_session=True, env=one_thread
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_two_processes_resumes_bit_identically(recipe: Path, tmp_path: Path):
+    """Guards against processes that Lightning starts itself and that differ from ours: callbacks
+    that wait for each other, a run that is killed for good, a test that one process evaluates.
+    """
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert sandbox("fit", "--config", recipe, "--out", whole).wait(timeout=300) == 0
+    process = sandbox("fit", "--config", recipe, "--out", killed)
+    while not last(killed).exists():
+        assert process.poll() is None, "it died by itself"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    assert torch.load(last(killed), weights_only=True)["global_step"] < 60
+    assert sandbox("fit", "--resume", killed).wait(timeout=300) == 0
+    states = [torch.load(last(folder), weights_only=True) for folder in (whole, killed)]
+    for state in states:
+        del state["callbacks"], state[KEY]["seed"]
+    assert nested(*states) == []
+    assert list(whole.glob("events.out.tfevents*")), "with pictures"
+
+    several, alone = tmp_path / "several", tmp_path / "alone"
+    common = ("test", "--config", recipe, "--ckpt_path", whole, "--out")
+    assert sandbox(*common, several).wait(timeout=300) == 0
+    assert sandbox(*common, alone, "--trainer.devices", 1).wait(timeout=300) == 0
+    for name in ("summary.json", "predictions.jsonl"):
+        assert (several / name).read_text() == (alone / name).read_text()
 
 
 if __name__ == "__main__":
