@@ -66,7 +66,12 @@ class Objective(lightning.LightningModule):
             keep_freed_memory()
 
     def on_train_start(self) -> None:
-        """Draw on as the run would have that is resumed."""
+        """Draw on as the run would have that is resumed.
+
+        On as many processes, training on a CPU goes on to the bit. On fewer or more, weights,
+        momenta, schedule and the next sample of the stream are those of the checkpoint, while
+        updates hold more or fewer samples, and processes without a saved random state keep theirs.
+        """
         restore_rng(self.trainer, self._rng_states)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
