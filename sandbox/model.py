@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from encoders.base import VisionEncoder
@@ -175,7 +176,7 @@ class VisionLanguageModel(nn.Module):
         fused = self.fuse(batch, features)
         plain = batch.documents is None and batch.branches is None
         places = batch.places
-        few = labelled_only and 0 < 2 * len(places.labelled) <= places.tokens
+        few = labelled_only and 2 * len(places.labelled) <= places.tokens
         decoded = self.backbone(
             embeds=fused.embeds,
             positions=None if plain else batch.positions,
@@ -205,15 +206,35 @@ class VisionLanguageModel(nn.Module):
         return Output(loss, parts, correct, kept, decoded.routing, self.backbone.head)
 
     def _router_losses(self, routing: Sequence[Routing]) -> dict[str, Tensor]:
+        """The routers' auxiliary losses by name, each the mean over mixture layers.
+
+        Where several processes train, they are those of the tokens of all of them together. Each
+        process holds the terms of its own tokens, times the number of processes: the mean over
+        processes, of losses as of gradients, is what one process would have that read them all.
+        """
         config = self.backbone.config
-        wanted = {
-            "balance": (balance_loss, config.balance == "loss"),
-            "router_z": (router_z_loss, config.router_z_loss > 0),
-        }
+        balance, router_z = config.balance == "loss", config.router_z_loss > 0
+        if not routing or not (balance or router_z):
+            return {}
+        losses: dict[str, list[Tensor]] = {}
+        loads = [layer.load() for layer in routing] if balance else []
+        shares = [1.0] * len(routing)
+        real = not routing[0].logits.is_meta  # else steps are counted, and nobody is there to meet
+        if real and torch.is_grad_enabled() and (processes := _processes()) > 1:
+            tokens = torch.tensor([len(layer.logits) for layer in routing], dtype=torch.float32)
+            tokens = tokens.to(routing[0].logits.device, non_blocking=True)
+            sums = torch.cat([*loads, tokens])
+            dist.all_reduce(sums)  # once for all layers
+            *loads, total = sums.split([config.experts] * len(loads) + [len(routing)])
+            shares = (processes * tokens / total.clamp(min=1)).unbind()
+        if balance:
+            pairs = zip(routing, loads, strict=True)
+            losses["balance"] = [balance_loss(layer, load) for layer, load in pairs]
+        if router_z:
+            losses["router_z"] = [router_z_loss(layer) for layer in routing]
         return {
-            name: torch.stack([loss(layer) for layer in routing]).mean()
-            for name, (loss, on) in wanted.items()
-            if on and routing
+            name: torch.stack([x * part for x, part in zip(each, shares, strict=True)]).mean()
+            for name, each in losses.items()
         }
 
     def generate(self, prompts: Sequence[Prompt], **sampling: Any) -> list[str]:
@@ -267,6 +288,12 @@ class VisionLanguageModel(nn.Module):
             "tokenizer": self.tokenizer and self.tokenizer.to_json(),
             "max_tiles": self.max_tiles,
         }
+
+
+def _processes() -> int:
+    """How many processes train together."""
+    together = dist.is_available() and dist.is_initialized()
+    return dist.get_world_size() if together else 1
 
 
 def described(part: VisionEncoder | Fusion) -> dict[str, object]:

@@ -159,6 +159,39 @@ def test_bias_evens_the_load():
     assert last < 0.15
 
 
+def test_bias_keeps_a_mean_of_zero():
+    """Guards against a bias that drifts, one that an even load moves, and a checkpoint from before
+    the centring that no longer chooses as it did.
+    """
+    layer = mixture(balance="bias", balance_rate=0.5)
+    layer.nudge(torch.tensor([9.0, 1, 1, 1, 0, 0]))  # one has too much, five too little
+    expected = torch.tensor([-5.0, 1, 1, 1, 1, 1]) / 6
+    torch.testing.assert_close(layer.balance_bias, expected)
+    before = layer.balance_bias.clone()
+    layer.nudge(torch.full((6,), 2.0))
+    torch.testing.assert_close(layer.balance_bias, before, atol=1e-7, rtol=0)
+    layer.balance_bias += 3.0  # as an old checkpoint may have it
+    layer.nudge(torch.full((6,), 2.0))
+    torch.testing.assert_close(layer.balance_bias, before, atol=1e-6, rtol=0)
+
+
+def test_bias_stays_fp32_in_a_bf16_model():
+    """Guards against steps that bf16 swallows: from 8 on, 0.02 would no longer move the bias."""
+    layer = mixture(balance="bias", balance_rate=0.02, expert_hidden=16)
+    layer.balance_bias.copy_(torch.linspace(-1, 1, 6))
+    bias = layer.balance_bias.clone()
+    layer.to(torch.bfloat16)
+    assert layer.router.weight.dtype == torch.bfloat16
+    assert layer.balance_bias.equal(bias), "to the last bit"
+    for _ in range(1000):
+        layer.nudge(torch.tensor([0.0, 0, 0, 2, 2, 2]))
+    moved = (layer.balance_bias - bias).abs()
+    torch.testing.assert_close(moved, torch.full((6,), 20.0), atol=0.01, rtol=0)
+    assert layer(torch.randn(1, 9, 16).bfloat16())[0].dtype == torch.bfloat16
+    layer.to_empty(device="meta").to(torch.float16)
+    assert (layer.balance_bias.device.type, layer.balance_bias.dtype) == ("meta", torch.float32)
+
+
 def test_bias_never_enters_the_gate():
     """Guards against a balancing bias that changes the experts' output, not just their choice."""
     layer = mixture(balance="bias")

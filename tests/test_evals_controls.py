@@ -126,7 +126,7 @@ def test_every_task_is_asked_once_in_every_way(task, monkeypatch):
     """Guards against tasks that go without a control, or pay for it twice."""
     asked = []
 
-    def evaluate(model, task, split, samples, *, images="own"):
+    def evaluate(model, task, split, samples, *, images, processes):
         asked.append((split, images))
         return []
 
@@ -188,6 +188,13 @@ def test_inside_tells_what_the_model_has(
     assert json.loads(json.dumps(found)).keys() == parts, "plain values"
 
 
+def alone(data: object, folder: Path) -> SimpleNamespace:
+    """What the callback reads of a Trainer of one process."""
+    one: dict[str, object] = {"is_global_zero": True, "global_rank": 0, "world_size": 1}
+    one["precision_plugin"] = Precision()
+    return SimpleNamespace(datamodule=data, default_root_dir=folder, **one)
+
+
 @pytest.mark.parametrize(
     ("task", "sees"), [(Charts(size=32), True), (InWords(Charts(size=32)), False)]
 )
@@ -203,12 +210,7 @@ def test_a_test_stores_its_controls(
     """
     monkeypatch.setattr(controls, "LEARNED", 20)
     data = SimpleNamespace(task=task, size=lambda split: 4)
-    trainer = SimpleNamespace(
-        is_global_zero=True,
-        datamodule=data,
-        default_root_dir=tmp_path,
-        precision_plugin=Precision(),
-    )
+    trainer = alone(data, tmp_path)
     Controls(samples=3).on_test_end(trainer, SimpleNamespace(model=toy(CrossAttention, 3)))
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert set(summary["inside"]) == {"gates", "expert_load"}
@@ -241,12 +243,7 @@ def test_a_majority_opens_no_image(
     monkeypatch.setattr(task, "sample", of_test)
     monkeypatch.setattr(task, "questions_of", lambda split, index: learned[index])
     data = SimpleNamespace(task=task, size=task.size)
-    trainer = SimpleNamespace(
-        is_global_zero=True,
-        datamodule=data,
-        default_root_dir=tmp_path,
-        precision_plugin=Precision(),
-    )
+    trainer = alone(data, tmp_path)
     Controls().on_test_end(trainer, SimpleNamespace(model=toy(EarlyFusion, 0)))
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["blind_majority_accuracy"] is None) == (not train)

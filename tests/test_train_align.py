@@ -82,6 +82,17 @@ def state(align: Align) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in held}
 
 
+def test_captions_are_contrasted_by_one_process_alone(reader: str):
+    """Guards against another loss, without a word, where captions meet only their process's."""
+    two = lightning.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
+    plain, contrasted = aligned(reader), aligned(reader, contrastive=0.5)
+    plain.trainer = contrasted.trainer = two
+    plain.setup("fit")
+    contrasted.setup("test")
+    with pytest.raises(UserError, match=r"contrastive=0\.5 with 2 processes"):
+        contrasted.setup("fit")
+
+
 @pytest.mark.parametrize("contrastive", [0.0, 0.5])
 def test_no_byte_of_the_language_model_moves(reader: str, tmp_path: Path, contrastive: float):
     """Guards against decay, a balancing bias or the auxiliary loss that reaches the frozen model:

@@ -196,6 +196,31 @@ def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
     assert different(weights(runs[0]), weights(runs[2]))
 
 
+@pytest.mark.parametrize("batches", [2, 1])
+def test_accumulated_batches_are_averaged(tmp_path: Path, batches: int) -> None:
+    """Guards against a logged loss that is the last batch's, and against a window that the end of
+    an epoch cuts short and Lightning divides as if it were whole.
+    """
+    gradients: dict[str, Tensor] = {}
+
+    class Watch(lightning.Callback):
+        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            gradients.update({n: p.grad.clone() for n, p in module.named_parameters()})
+
+    module = build()
+    fresh = deepcopy(module)
+    limits = {"limit_train_batches": batches, "max_epochs": 1, "callbacks": [Watch()]}
+    run = fit(module, tmp_path, steps=-1, accumulate_grad_batches=2, **limits)
+    data = CaptionData(Few(), batch_size=12)
+    data.pairs = fresh.model.pairs
+    read = [batch for batch, _ in zip(data.train_dataloader(), range(batches), strict=False)]
+    loss = torch.stack([fresh.loss(batch) for batch in read]).mean()
+    loss.backward()
+    assert float(run.callback_metrics["train/loss"]) == pytest.approx(loss.item(), rel=1e-6)
+    for name, parameter in fresh.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-5)
+
+
 def test_it_learns_a_few_pairs_by_heart(tmp_path: Path) -> None:
     """Guards against a loss that falls while image and caption do not meet, and wrong recall."""
     module = build(optimizer=OptimizerConfig(warmup=2))

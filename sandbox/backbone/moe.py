@@ -161,14 +161,14 @@ class MoE(nn.Module):
             FeedForward(config.width, config.expert_hidden) if config.shared_expert else None
         )
         if config.balance == "bias":
-            zeros = torch.zeros(config.experts, dtype=torch.float32)
-            self.register_buffer("balance_bias", zeros)
+            self.register_buffer("balance_bias", torch.zeros(config.experts, dtype=torch.float32))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoE":
-        """Convert weights; the balancing bias stays in fp32, where small steps add up."""
+        """Move or convert the layer; the bias stays fp32: bf16 would swallow its small steps."""
+        bias: Tensor | None = getattr(self, "balance_bias", None)
         super()._apply(fn, recurse)
-        if self.config.balance == "bias":
-            self.balance_bias = self.balance_bias.float()
+        if bias is not None and self.balance_bias.dtype != bias.dtype:
+            self.balance_bias = bias.to(self.balance_bias.device)
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
@@ -228,25 +228,36 @@ class MoE(nn.Module):
     def nudge(self, load: Tensor) -> None:
         """Move the selection bias one step towards even load (fp32 ``[E]``, visits of one step).
 
-        Source: auxiliary-loss-free balancing, arXiv 2408.15664, algorithm 1.
+        The bias keeps a mean of zero: only differences choose, and the mean would drift where more
+        experts are short of tokens than have too many.
+
+        Source: auxiliary-loss-free balancing, arXiv 2408.15664, algorithm 1; the centring is
+        torchtitan's (pull request 1506).
         """
         self.balance_bias += self.config.balance_rate * torch.sign(load.mean() - load)
+        self.balance_bias -= self.balance_bias.mean()
 
 
-def balance_loss(routing: Routing) -> Tensor:
+def balance_loss(routing: Routing, load: Tensor | None = None) -> Tensor:
     """The auxiliary loss of Switch Transformers, arXiv 2101.03961, equation 4, times 1 / k.
 
     1 when load and probability are even. Probabilities are the softmax of the raw logits whatever
-    the gate, so that the loss never sees a score squashed twice.
+    the gate, so that the loss never sees a score squashed twice. ``load``, fp32 ``[E]``, replaces
+    the visits of these tokens by those of a larger batch that they are a part of.
     """
-    load = routing.load()
-    probability = routing.logits.float().softmax(dim=-1).mean(dim=0)
-    return len(load) * (load / load.sum() * probability).sum()
+    load = routing.load() if load is None else load
+    probability = _mean(routing.logits.float().softmax(dim=-1))
+    return len(load) * (load / load.sum().clamp(min=1) * probability).sum()
 
 
 def router_z_loss(routing: Routing) -> Tensor:
     """Mean squared log-partition of the router, ST-MoE, arXiv 2202.08906, equation 5."""
-    return routing.logits.float().logsumexp(dim=-1).square().mean()
+    return _mean(routing.logits.float().logsumexp(dim=-1).square())
+
+
+def _mean(x: Tensor) -> Tensor:
+    """The mean over tokens ``[M, ...]``; 0 where there are none."""
+    return x.sum(dim=0) / max(len(x), 1)
 
 
 def max_violation(load: Tensor) -> float:

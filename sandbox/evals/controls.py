@@ -11,14 +11,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sandbox.data.task import Question, Task
+from sandbox.data.task import Question, Split, Task
 from sandbox.errors import UserError
 from sandbox.evals.metrics import (
     guess_among_present,
     majority_baseline,
     majority_baseline_by_kind,
 )
+from sandbox.evals.processes import Processes
 from sandbox.evals.run import (
+    ALONE,
+    Images,
     Record,
     Score,
     Summary,
@@ -34,6 +37,7 @@ from sandbox.model import VisionLanguageModel
 SUMMARY = "summary.json"
 PREDICTIONS = "predictions.jsonl"
 LEARNED = 10_000  # training samples that a majority is taken of, where there is no end of them
+SHARED = 64  # training samples whose questions a process lists at a time
 ROUTED = 32  # test samples that the experts' load is counted over, in one batch
 
 
@@ -77,23 +81,35 @@ class Results:
     no_image: list[Record] = field(default_factory=list)
 
     @classmethod
-    def of(cls, model: VisionLanguageModel, task: Task, samples: int) -> "Results":
+    def of(
+        cls,
+        model: VisionLanguageModel,
+        task: Task,
+        samples: int,
+        processes: Processes = ALONE,
+    ) -> "Results":
         """Ask about ``samples`` pictures of the test split, their own, each other's and none.
 
         Held-out combinations are asked about too, where the task offers them, and frames or
-        labelled pictures in another order, where a sample has several.
+        labelled pictures in another order, where a sample has several. Several ``processes`` share
+        the work, and each gets all results.
         """
         offers = task.size("heldout") != 0
         first = task.sample("test", 0)
         ordered = (first.times or first.labels) and len(first.images) > 1
+
+        def asked(split: Split, images: Images = "own") -> list[Record]:
+            return evaluate(model, task, split, samples, images=images, processes=processes)
+
+        def replied(split: Split) -> list[Record]:
+            return with_replies(model, task, asked(split), processes=processes)
+
         return cls(
-            own=with_replies(model, task, evaluate(model, task, "test", samples)),
-            heldout=with_replies(model, task, evaluate(model, task, "heldout", samples))
-            if offers
-            else [],
-            shuffled=evaluate(model, task, "test", samples, images="shuffled"),
-            reordered=evaluate(model, task, "test", samples, images="reordered") if ordered else [],
-            no_image=evaluate(model, task, "test", samples, images="none"),
+            own=replied("test"),
+            heldout=replied("heldout") if offers else [],
+            shuffled=asked("test", "shuffled"),
+            reordered=asked("test", "reordered") if ordered else [],
+            no_image=asked("test", "none"),
         )
 
     @property
@@ -202,25 +218,41 @@ class Controls(Callback):
         self.samples = samples
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate on one process; the others wait at the Trainer's next meeting."""
-        if not trainer.is_global_zero:
-            return
+        """Evaluate on all processes, which share the questions; the first one writes."""
         driven: Any = pl_module
         data: Any = getattr(trainer, "datamodule", None)
         if data is None:
             raise UserError("Controls needs a data module: it asks its task")
         task: Task = data.task
+        processes = Processes(trainer.global_rank, trainer.world_size)
+        samples = self.samples or data.size("test")
         with trainer.precision_plugin.forward_context():
-            results = Results.of(driven.model, task, self.samples or data.size("test"))
-            found = inside(driven.model, task)
-        size = task.size("train")
-        learned = range(LEARNED if size is None else size)
-        blind = Blind.of((q for i in learned for q in task.questions_of("train", i)), results.asked)
-        summary = scores(results, blind) | {"inside": found}
+            results = Results.of(driven.model, task, samples, processes)
+            learned = _learned(task, processes)
+            if not trainer.is_global_zero:
+                return
+            summary = scores(results, Blind.of(learned, results.asked))
+            summary |= {"inside": inside(driven.model, task)}
         out = Path(trainer.default_root_dir)
         write_predictions(out / PREDICTIONS, results.records)
         write_json(out / SUMMARY, summary)
         Console(file=sys.stdout).print(table(summary))
+
+
+def _learned(task: Task, processes: Processes) -> list[Question]:
+    """The questions of the training split, or of its first samples where there is no end of them.
+
+    A large split takes minutes, so ``processes`` share it out; each gets all questions.
+    """
+    size = task.size("train")
+    count = LEARNED if size is None else size
+
+    def questions(start: int) -> list[Question]:
+        indices = range(start, min(start + SHARED, count))
+        return [question for index in indices for question in task.questions_of("train", index)]
+
+    parts = processes.each(range(0, count, SHARED), questions)
+    return [question for part in parts for question in part]
 
 
 def table(summary: dict[str, Any]) -> Table:

@@ -14,10 +14,13 @@ from sandbox.data.prompt import Prompt, Turn, context
 from sandbox.data.task import Question, Sample, Split, Task
 from sandbox.errors import UserError
 from sandbox.evals.metrics import wilson_interval
+from sandbox.evals.processes import Processes
 from sandbox.generate import inference
 from sandbox.model import VisionLanguageModel
 
 Images = Literal["own", "shuffled", "reordered", "none"]
+
+ALONE = Processes()
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ def evaluate(
     *,
     batch_size: int = 32,
     images: Images = "own",
+    processes: Processes = ALONE,
 ) -> list[Record]:
     """Ask every question about the first ``samples`` samples of a split.
 
@@ -101,32 +105,36 @@ def evaluate(
     text that tells what the images show: what a model still gets right, it has learned to guess.
     Samples without images are left out.
 
+    Several ``processes`` share out the batches, and each returns the records of all.
+
     Raises:
         UserError: the split is empty, or too small or too uniform to shuffle.
     """
     samples = _available(task, split, samples)
     shift = _shift(task, split, samples) if images == "shuffled" else 0
-    records = []
+
+    def ask(start: int) -> list[Record]:
+        indices = range(start, min(start + batch_size, samples))
+        views = [
+            (index, shown, view)
+            for index in indices
+            for shown in [(index + shift) % samples]
+            if (view := as_shown(task, split, index, shown, images))
+        ]
+        if not views:
+            return []
+        name = f"{split} {indices.start}-{indices.stop - 1}"
+        batch = _batch(model, (view for *_, view in views), name=name)
+        correct = iter(batch.answered(model(batch).correct).tolist())
+        return [
+            Record(split, index, view.content, shown, question, next(correct), images=images)
+            for index, shown, view in views
+            for question in view.questions
+        ]
+
     with inference(model):
-        for start in range(0, samples, batch_size):
-            indices = range(start, min(start + batch_size, samples))
-            views = [
-                (index, shown, view)
-                for index in indices
-                for shown in [(index + shift) % samples]
-                if (view := as_shown(task, split, index, shown, images))
-            ]
-            if not views:
-                continue
-            name = f"{split} {indices.start}-{indices.stop - 1}"
-            batch = _batch(model, (view for *_, view in views), name=name)
-            correct = iter(batch.answered(model(batch).correct).tolist())
-            records += [
-                Record(split, index, view.content, shown, question, next(correct), images=images)
-                for index, shown, view in views
-                for question in view.questions
-            ]
-    return records
+        batches = processes.each(range(0, samples, batch_size), ask)
+    return [record for batch in batches for record in batch]
 
 
 def with_replies(
@@ -136,16 +144,22 @@ def with_replies(
     *,
     batch_size: int = 64,
     max_tokens: int = 16,
+    processes: Processes = ALONE,
 ) -> list[Record]:
-    """The records with the model's greedy replies; a right one is the answer, and not generated."""
+    """The records with the model's greedy replies; a right one is the answer, and not generated.
+
+    Several ``processes``, which must hold the same records, share out those to generate.
+    """
     records = list(records)
     replies = {n: record.question.answer for n, record in enumerate(records) if record.correct}
     missing = [n for n in range(len(records)) if n not in replies]
-    for start in range(0, len(missing), batch_size):
-        numbers = missing[start : start + batch_size]
-        prompts = [_prompt(task, records[n]) for n in numbers]
-        generated = model.generate(prompts, max_tokens=max_tokens)
-        replies.update(zip(numbers, generated, strict=True))
+
+    def generate(start: int) -> list[str]:
+        prompts = [_prompt(task, records[n]) for n in missing[start : start + batch_size]]
+        return model.generate(prompts, max_tokens=max_tokens)
+
+    batches = processes.each(range(0, len(missing), batch_size), generate)
+    replies.update(zip(missing, (reply for batch in batches for reply in batch), strict=True))
     return [replace(record, reply=replies[n]) for n, record in enumerate(records)]
 
 

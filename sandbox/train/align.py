@@ -39,7 +39,8 @@ class Align(NextToken):
             ``[fusion]`` trains the projector alone; with ``encoder.visual.transformer.resblocks.1``
             beside it, the second block of a MetaCLIP tower, too.
         contrastive: weight of the auxiliary loss, see ``CaptionContrast``. It needs captions in
-            the data (``sandbox.data.words.Described``). 0 leaves it out.
+            the data (``sandbox.data.words.Described``). 0 leaves it out. It contrasts one batch of
+            one process: of accumulated batches each by itself, and several processes are refused.
 
     Raises:
         UserError: a checkpoint is missing or does not fit, or ``train_only`` names no part of
@@ -71,6 +72,19 @@ class Align(NextToken):
         super().__init__(model, optimizer, freeze=["backbone"])
         self.contrastive = contrastive
         self.contrast = CaptionContrast(model) if contrastive else None
+
+    def setup(self, stage: str) -> None:
+        """Refuse what would be another loss on several processes.
+
+        Raises:
+            UserError: the contrastive loss is on, and they are several.
+        """
+        if stage == "fit" and self.contrast is not None and self.trainer.world_size > 1:
+            raise UserError(
+                f"contrastive={self.contrastive} with {self.trainer.world_size} processes: each "
+                "would contrast its own captions alone; set trainer.devices to 1, or contrastive "
+                "to 0"
+            )
 
     def train(self, mode: bool = True) -> "Align":
         """Switch encoder and fusion; the language model stays in eval mode."""

@@ -27,6 +27,7 @@ from sandbox.model import described
 from sandbox.train.callbacks import facts, of_all_processes
 from sandbox.train.objective import Objective
 from sandbox.train.optim import OptimizerConfig
+from sandbox.train.update import over_processes
 
 Pool = Literal["summary", "patches"]
 
@@ -171,8 +172,9 @@ class _Seen:
 class Contrastive(Objective):
     """Trains an encoder, and a text tower beside it, on images with captions.
 
-    Every pair is contrasted with the others of the step on all processes; batches whose gradients
-    are accumulated are not contrasted with each other. When training ends the encoder is written to
+    Every pair is contrasted with the others of the step on all processes, which hold equally many;
+    batches whose gradients are accumulated are not contrasted with each other, and their losses are
+    averaged. When training ends the encoder is written to
     ``encoder.safetensors`` in the run directory.
 
     Validation logs ``val/loss`` (as in training, over single batches); over all of the split,
@@ -215,6 +217,7 @@ class Contrastive(Objective):
         self.templates = templates
         self.contrast = ClipLoss(local_loss=True, gather_with_grad=True)
         self._seen: list[_Seen] = []  # by one validation
+        self._losses: list[Tensor] = []  # of this process, since the last update
 
     def setup(self, stage: str) -> None:
         """Gather the pairs of all processes."""
@@ -237,9 +240,27 @@ class Contrastive(Objective):
         embedded = self(batch)
         loss = self._contrasted(embedded)
         size = len(batch.tiles)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
+        self._losses.append(loss.detach())
         self.log("train/logit_scale", embedded.scale.detach(), batch_size=size)
         return loss
+
+    def on_train_start(self) -> None:
+        """Forget the losses of an interrupted update."""
+        super().on_train_start()
+        self._losses.clear()
+
+    def on_after_backward(self) -> None:
+        """Log the loss of a finished update; weigh its batches alike, however few there were."""
+        if self.trainer.fit_loop._should_accumulate():
+            return
+        mean = torch.stack(self._losses).mean()
+        count, divided = len(self._losses), self.trainer.accumulate_grad_batches
+        self._losses.clear()
+        if count < divided:  # the last of an epoch
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, divided / count)
+        mean = over_processes(self.trainer, {"loss": mean})["loss"] / self.trainer.world_size
+        self.log("train/loss", mean, prog_bar=True, batch_size=1)
 
     def optimizer_step(
         self,

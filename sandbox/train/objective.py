@@ -66,11 +66,25 @@ class Objective(lightning.LightningModule):
             keep_freed_memory()
 
     def on_train_start(self) -> None:
-        """Draw on as the run would have that is resumed."""
+        """Draw on as the run would have that is resumed.
+
+        On as many processes, training on a CPU goes on to the bit. On fewer or more, weights,
+        momenta, schedule and the next sample of the stream are those of the checkpoint, while
+        updates hold more or fewer samples, and processes without a saved random state keep theirs.
+        """
         restore_rng(self.trainer, self._rng_states)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """MuonAdamW over what is not frozen, its schedule stepping with every update."""
+        """MuonAdamW over what is not frozen, its schedule stepping with every update.
+
+        Raises:
+            UserError: gradients would be scaled, and Muon has part in it.
+        """
+        if self.optimizer.name == "muon" and self.trainer.precision == "16-mixed":
+            raise UserError(
+                "trainer.precision 16-mixed scales gradients, which Muon is not made for: set "
+                "trainer.precision to bf16-mixed, or optimizer.name to adamw"
+            )
         steps = int(self.trainer.estimated_stepping_batches)
         optimizer, schedule = build_optimizer(self, self.optimizer, steps)
         return {

@@ -16,6 +16,11 @@ from sandbox.backbone.moe import Experts
 # Keller Jordan's quintic Newton-Schulz coefficients, which torch.optim.Muon uses too.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
+# How many numbers of a group of equal matrices are orthogonalised at once: a quarter of the group,
+# so that temporaries, at most five copies of a piece, stay below 1.5 groups. Smaller pieces than
+# the first bound would only add calls, larger ones than the second only memory.
+_PIECES, _SMALLEST, _LARGEST = 4, 1 << 18, 1 << 24
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -25,7 +30,8 @@ class OptimizerConfig:
         name: ``muon`` (matrices by Muon, the rest by AdamW) or ``adamw`` (everything).
         lr: AdamW's learning rate.
         muon_lr: Muon's learning rate.
-        betas, weight_decay: AdamW's; decay is decoupled and spares vectors.
+        betas, eps: AdamW's; CLIP's recipes have an eps of 1e-6.
+        weight_decay: of both, decoupled; it spares vectors.
         momentum: Muon's Nesterov momentum.
         newton_schulz_steps: iterations that orthogonalise a Muon update.
         warmup: steps of linear warm-up.
@@ -38,6 +44,7 @@ class OptimizerConfig:
     lr: float = 2e-3
     muon_lr: float = 0.02
     betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
     weight_decay: float = 0.0
     momentum: float = 0.95
     newton_schulz_steps: int = 5
@@ -52,15 +59,25 @@ class MuonAdamW(AdamW):
 
     Unlike ``torch.optim.Muon`` it takes stacked matrices ``[E, D, F]`` (each expert is
     orthogonalised by itself), iterates in fp32 on CPUs, where bf16 is several times slower, and
-    treats all matrices of one shape at once. On plain matrices the update is the same.
+    treats matrices of one shape together, a piece of them at a time (see ``_PIECES``). On plain
+    matrices the update is the same.
+
+    It leaves AMP's gradient scaling to the scaler, as unfused optimizers do: gradients arrive
+    unscaled, and may be clipped.
+
+    Parameters below fp32 (``bf16-true``): Muon keeps its momentum in fp32, and beside each weight
+    the part that rounding cut off, in the weight's dtype; updates are computed in fp32 and added to
+    both together, so that those too small to change a bf16 weight add up. AdamW's moments and
+    updates are computed in fp32 and stored in the weight's dtype, as torch's are.
 
     Source: Muon, https://kellerjordan.github.io/posts/muon; the learning rate is scaled by
     ``sqrt(max(1, outputs / inputs))``.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._step_supports_amp_scaling = False  # fused AdamW sets it; `_muon` does not unscale
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # Fused AdamW could unscale in its kernel; Muon could not, and nobody could clip.
+        self._step_supports_amp_scaling = False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -88,29 +105,93 @@ class MuonAdamW(AdamW):
         super().load_state_dict(state_dict)
         for group, own in zip(self.param_groups, configured, strict=True):
             group.update(own)
+        # torch casts what it loads to the dtype of the parameter.
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for parameter, number in zip(group["params"], saved["params"], strict=True):
+                if group["muon"] and number in state_dict["state"]:
+                    momentum = state_dict["state"][number]["momentum"]
+                    self.state[parameter]["momentum"] = momentum.to(
+                        parameter.device, _exact(parameter), copy=True
+                    )
 
     def _muon(self, group: dict[str, Any]) -> None:
-        by_shape: defaultdict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        by_shape: defaultdict[tuple[int, ...], list[Tensor]] = defaultdict(list)
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
+            by_shape[parameter.shape[-2:]].append(parameter)
             state = self.state[parameter]
             if not state:
-                state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"] = torch.zeros_like(parameter, dtype=_exact(parameter))
                 state["step"] = torch.zeros(())  # AdamW looks for one in every state it loads
-            momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-            update = parameter.grad.lerp(momentum, group["momentum"])
-            by_shape[parameter.shape[-2:]].append((parameter, update))
-        for shape, pairs in by_shape.items():
-            stacked = torch.cat([update.reshape(-1, *shape) for _, update in pairs])
-            orthogonal = orthogonalize(stacked, group["newton_schulz_steps"])
-            counts = [update.numel() // math.prod(shape) for _, update in pairs]
-            for (parameter, _), update in zip(pairs, orthogonal.split(counts), strict=True):
-                # nn.Linear stores [outputs, inputs], stacked experts [E, inputs, outputs].
-                outputs, inputs = shape if parameter.ndim == 2 else shape[::-1]
-                scale = max(1.0, outputs / inputs) ** 0.5
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
+            if parameter.dtype != _exact(parameter) and "remainder" not in state:
+                state["remainder"] = torch.zeros_like(parameter)
+        for shape, parameters in by_shape.items():
+            for piece in _pieces(parameters, shape):
+                self._muon_piece(piece, group)
+
+    def _muon_piece(self, piece: list[tuple[Tensor, slice]], group: dict[str, Any]) -> None:
+        """Update some matrices of one shape; what this takes is free again when it returns."""
+        updates = [self._nesterov(*part, group["momentum"]) for part in piece]
+        counts = [len(update) for update in updates]
+        stacked = torch.cat(updates)
+        del updates
+        orthogonal = orthogonalize(stacked, group["newton_schulz_steps"])
+        for part, update in zip(piece, orthogonal.split(counts), strict=True):
+            self._move(*part, update, group)
+
+    def _nesterov(self, parameter: Tensor, part: slice, beta: float) -> Tensor:
+        """Advance the momentum of some of a parameter's matrices; their update ``[n, ...]``."""
+        assert parameter.grad is not None
+        momentum = _stacked(self.state[parameter]["momentum"])[part]
+        gradient = _stacked(parameter.grad)[part].to(momentum.dtype)
+        return gradient.lerp(momentum.lerp_(gradient, 1 - beta), beta)
+
+    def _move(self, parameter: Tensor, part: slice, update: Tensor, group: dict[str, Any]) -> None:
+        """Decay some of a parameter's matrices and subtract their orthogonal update."""
+        # nn.Linear stores [outputs, inputs], stacked experts [E, inputs, outputs].
+        outputs, inputs = parameter.shape if parameter.ndim == 2 else parameter.mT.shape[-2:]
+        rate = -group["lr"] * max(1.0, outputs / inputs) ** 0.5
+        weight = exact = _stacked(parameter)[part]
+        remainder = self.state[parameter].get("remainder")
+        if remainder is not None:
+            remainder = _stacked(remainder)[part]
+            exact = weight.to(update.dtype) + remainder
+        exact.mul_(1 - group["lr"] * group["weight_decay"])
+        exact.add_(update, alpha=rate)
+        if remainder is not None:
+            weight.copy_(exact)
+            remainder.copy_(exact - weight)
+
+
+def _exact(parameter: Tensor) -> torch.dtype:
+    """The dtype that a parameter's updates are computed in: fp32 at least."""
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def _stacked(tensor: Tensor) -> Tensor:
+    """Matrices ``[n, rows, columns]``: a view of one matrix, or of a stack of them."""
+    return tensor.view(-1, *tensor.shape[-2:])
+
+
+def _pieces(parameters: list[Tensor], shape: tuple[int, ...]) -> list[list[tuple[Tensor, slice]]]:
+    """Parameters of equal matrices cut into pieces: each lists parameters, with which matrices."""
+    size = math.prod(shape)
+    total = sum(parameter.numel() for parameter in parameters)
+    room = max(min(max(total // _PIECES, _SMALLEST), _LARGEST) // size, 1)  # matrices of a piece
+    pieces: list[list[tuple[Tensor, slice]]] = [[]]
+    free = room
+    for parameter in parameters:
+        count, start = parameter.numel() // size, 0
+        while start < count:
+            if not free:
+                pieces.append([])
+                free = room
+            stop = min(count, start + free)
+            pieces[-1].append((parameter, slice(start, stop)))
+            free -= stop - start
+            start = stop
+    return pieces
 
 
 class Schedule(LambdaLR):
@@ -179,6 +260,7 @@ def build_optimizer(
             if group["params"]
         ],
         betas=config.betas,
+        eps=config.eps,
         weight_decay=config.weight_decay,
         fused=True,
     )

@@ -37,6 +37,8 @@ class SegmentAttention(torch.autograd.Function):
                 rows = _rows(group, part, H)
                 torch.bmm(weights, values, out=mixed[rows].view(*queries.shape))
             outputs.append(mixed)
+        if not outputs:  # no query
+            outputs.append(q)
         out = _end_to_end(outputs).index_select(0, plan.queries).view(q.shape)
         ctx.save_for_backward(q, k, v, out)
         ctx.plan = plan
@@ -88,6 +90,8 @@ class SegmentAttention(torch.autograd.Function):
                 of_prefixes.append(
                     (group.trunk_rows, _of_trunks(group, into_k, G), _of_trunks(group, into_v, G))
                 )
+        if not of_q:
+            of_q.append(q)
         to_q = _end_to_end(of_q).index_select(0, plan.queries)
         nothing = q.new_zeros(1, K)
         to_k, to_v = (
