@@ -80,8 +80,6 @@ class VisionEncoder(nn.Module, ABC):
             )
         parameter = next(self.parameters(), None)
         dtype = parameter.dtype if parameter is not None else torch.float32
-        mean, std = (
-            torch.tensor(each, dtype=torch.float32, device=tiles.device).view(3, 1, 1)
-            for each in (self.mean, self.std)
-        )
-        return ((tiles.float() / 255 - mean) / std).to(dtype)
+        # By numbers, not by tensors: a GPU would wait for their copy.
+        colors = zip((tiles.float() / 255).unbind(1), self.mean, self.std, strict=True)
+        return torch.stack([(color - mean) / std for color, mean, std in colors], dim=1).to(dtype)

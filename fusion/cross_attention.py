@@ -201,11 +201,10 @@ class CrossAttention(Fusion):
         B, T = embeds.shape[:2]
         N, P = features.shape[:2]
         rows = layout.tile_rows
-        counts = torch.tensor(layout.tile_counts)
         M = max(layout.tile_counts)
         # Tile n is the k-th of its row: rows of fewer than M tiles are padded behind theirs.
-        before = (counts.cumsum(0) - counts).to(rows.device, non_blocking=True)
-        slots = rows * M + torch.arange(N, device=rows.device) - before[rows]
+        first = torch.searchsorted(rows, rows)  # tile of each row, since they are in order
+        slots = rows * M + torch.arange(N, device=rows.device) - first
         states = self.projector(features)
         states = states.new_zeros(B * M, *states.shape[1:]).index_copy(0, slots, states)
         states = states.view(B, M * P, -1)

@@ -221,8 +221,8 @@ class VisionLanguageModel(nn.Module):
         shares = [1.0] * len(routing)
         real = not routing[0].logits.is_meta  # else steps are counted, and nobody is there to meet
         if real and torch.is_grad_enabled() and (processes := _processes()) > 1:
-            tokens = torch.tensor([len(layer.logits) for layer in routing], dtype=torch.float32)
-            tokens = tokens.to(routing[0].logits.device, non_blocking=True)
+            one = routing[0].logits.new_ones((), dtype=torch.float32)
+            tokens = torch.stack([one * len(layer.logits) for layer in routing])
             sums = torch.cat([*loads, tokens])
             dist.all_reduce(sums)  # once for all layers
             *loads, total = sums.split([config.experts] * len(loads) + [len(routing)])

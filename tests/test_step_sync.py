@@ -110,6 +110,9 @@ def objective_of(kind: str, **changes: Any) -> tuple[NextToken, MuonAdamW, Batch
     """An objective on rows of a kind, its optimizer, and a batch on the CPU."""
     model = model_of(kind, **changes).train()
     objective = NextToken(model, OptimizerConfig(warmup=1))
+    one: Any = SimpleNamespace(world_size=1, accumulate_grad_batches=1)
+    objective.trainer = one
+    objective.log = lambda *_, **__: None  # type: ignore[method-assign]
     optimizer, _ = build_optimizer(objective, objective.optimizer, steps=10)
     return objective, optimizer, batch_of(kind, model.prompts)
 

@@ -99,6 +99,7 @@ class Visits(NamedTuple):
     blank: Tensor | None
 
     @classmethod
+    @torch.compiler.disable
     def of(cls, chosen: Tensor, experts: int, multiple: int) -> "Visits":
         """Sort visits of ``chosen [M, k]``; each expert has a multiple of so many rows."""
         ids, order = chosen.flatten().sort(stable=True)

@@ -9,7 +9,6 @@ measurement, so that a resumed run computes the same bits.
 """
 
 import platform
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,7 @@ SHAPES = 16  # oneDNN multiplies only numbers of rows that are multiples of this
 SMALLEST = 1 << 20  # multiply-adds from which oneDNN's cost per call is repaid
 
 
-@torch.compiler.assume_constant_result
-@cache
-def by_onednn() -> bool:
+def onednn_is_faster() -> bool:
     """Whether fp32 products run on oneDNN: AVX-512 on a processor that is not Intel's."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return False
@@ -35,16 +32,32 @@ def by_onednn() -> bool:
 def _vendor() -> str:
     info = Path("/proc/cpuinfo")
     if not info.exists():
-        return next((name for name in ("GenuineIntel",) if name in platform.processor()), "other")
+        return "GenuineIntel" if "GenuineIntel" in platform.processor() else "other"
     lines = (line.split(":") for line in info.read_text().splitlines() if "vendor_id" in line)
     return next((value.strip() for _, value in lines), "other")
 
 
+ONEDNN = onednn_is_faster()
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a [m, k] @ b.T`` for ``b [n, k]``; both may be transposed views. No gradient."""
-    if by_onednn() and a.dtype == torch.float32 and len(a) * b.numel() >= SMALLEST:
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    if ONEDNN and a.dtype == torch.float32 and len(a) * b.numel() >= SMALLEST:
+        return _opaque(a, b) if torch.compiler.is_compiling() else _onednn(a, b)
     return a @ b.T
+
+
+def _onednn(a: Tensor, b: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+# torch.compile would have the weight be a constant of its graph.
+_opaque = torch.library.custom_op("sandbox::product", _onednn, mutates_args=())
+
+
+@_opaque.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(len(a), len(b))
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -52,7 +65,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     rows = x.numel() // x.shape[-1]
     fits = rows % SHAPES == 0 and rows * weight.numel() >= SMALLEST
     fits = fits and x.dtype == weight.dtype == torch.float32
-    if not (by_onednn() and fits) or torch.is_autocast_enabled("cpu"):
+    if not (ONEDNN and fits) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight)
     return _Linear.apply(x, weight)
 
@@ -78,19 +91,20 @@ class _Linear(torch.autograd.Function):
 
 def tokens_multiple() -> int:
     """The number that real tokens are padded to a multiple of; 1 for no padding."""
-    return ROWS if by_onednn() else 1
+    return ROWS if ONEDNN else 1
 
 
 def visits_multiple(dtype: torch.dtype, visits: int, experts: int) -> int:
     """The same for the visits of an expert: 1 where padding would add much to them."""
-    compiled = by_onednn() if dtype == torch.float32 else dtype == torch.bfloat16
+    compiled = ONEDNN if dtype == torch.float32 else dtype == torch.bfloat16
     return ROWS if compiled and visits >= 2 * ROWS * experts else 1
 
 
+@torch.compiler.disable
 def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Rows ``ends[e - 1] .. ends[e]`` of ``x [M, k]`` times ``weights[e] [k, n]``: ``[M, n]``."""
     padded = visits_multiple(x.dtype, len(x), len(weights)) > 1
-    if by_onednn() and x.dtype == weights.dtype == torch.float32 and padded:
+    if ONEDNN and x.dtype == weights.dtype == torch.float32 and padded:
         return _Grouped.apply(x, weights, ends)
     return F.grouped_mm(x, weights, offs=ends)
 
