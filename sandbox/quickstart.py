@@ -66,7 +66,7 @@ def quickstart(
     save_model(model, out / "model.safetensors", seed=seed, steps=trained, data=data.identity())
     print("evaluating ...")
     results = Results.of(model, data.task, samples)
-    blind = Blind.of(_learned(data.task, trained * data.batch_size, results), results.asked)
+    blind = Blind.of(_learned(data, trained * data.batch_size, results), results.asked)
     design = architecture(model, data.task.sample("test", 0))
     summary = {
         **scores(results, blind),
@@ -116,15 +116,15 @@ def _curve(trainer: Trainer) -> Curve:
     )
 
 
-def _learned(task: Task, trained: int, results: Results) -> list[Question]:
-    """The questions of the ``trained`` first training charts, which are those the model saw.
+def _learned(data: VQAData, trained: int, results: Results) -> list[Question]:
+    """The questions of the ``trained`` first training charts, as the curriculum drew them.
 
     On the way it is verified that none of these charts was evaluated on.
     """
     evaluated = {record.content for record in results.own + results.heldout}
     learned: list[Question] = []
     for index in range(trained):
-        sample = task.sample("train", index)
+        sample = data.tasks[data.stage_at(index)].sample("train", index)
         if sample.content in evaluated:
             raise RuntimeError(f"training sample {index} is in an evaluated split: the split leaks")
         learned += sample.questions

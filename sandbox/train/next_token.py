@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sandbox.data.batch import Batch
+from sandbox.data.module import VQAData
 from sandbox.model import Output, VisionLanguageModel
 from sandbox.train.callbacks import of_all_processes
 from sandbox.train.objective import Objective
@@ -52,10 +53,13 @@ class NextToken(Objective):
                 for layer in output.routing:
                     load = layer.load(batch.real_tokens)
                     self._load[layer.layer] = self._load.get(layer.layer, 0) + load
-            answered = batch.answered(output.correct).float().mean()
+            answered = batch.answered(output.correct)
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, VQAData):
+            data.observe(batch.kinds, answered)
         size = len(batch.tokens)
         self.log("train/loss", output.loss.detach(), prog_bar=True, batch_size=size)
-        self.log("train/accuracy", answered, prog_bar=True, batch_size=size)
+        self.log("train/accuracy", answered.float().mean(), prog_bar=True, batch_size=size)
         for name, part in output.parts.items():
             self.log(f"train/loss/{name}", part.detach(), batch_size=size)
         return {"loss": output.loss, "output": output}
