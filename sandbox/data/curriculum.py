@@ -177,7 +177,7 @@ class Mastery:
             self._right = self._right + self._latest[1]
             self._answers += self._latest[2]
             self._batches += 1
-        self._latest = None
+            self._latest = None
         return self._batches >= self.curriculum.window
 
     def counts(self) -> tuple[int, int]:
