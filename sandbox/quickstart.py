@@ -75,6 +75,7 @@ def quickstart(
         "params_active": design.params_active,
         "train_seconds": round(seconds, 1),
         "steps": trained,
+        "stages": data.stages,
         "seed": seed,
         "provenance": provenance() | {"data": data.identity()},
     }

@@ -50,6 +50,7 @@ def test_summary_has_every_figure(summary: dict[str, Any]):
         "train_seconds",
         "seed",
         "steps",
+        "stages",
         "intervals",
         "inside",
         "provenance",
