@@ -67,7 +67,7 @@ def quickstart(
     model.to(fitted.trainer.strategy.root_device)  # the Trainer has moved it to the CPU
     print("evaluating ...")
     results = Results.of(model, data.task, samples)
-    blind = Blind.of(_learned(data.task, trained * data.batch_size, results), results.asked)
+    blind = Blind.of(_learned(data, trained * data.batch_size, results), results.asked)
     design = architecture(model, data.task.sample("test", 0))
     summary = {
         **scores(results, blind),
@@ -76,6 +76,7 @@ def quickstart(
         "params_active": design.params_active,
         "train_seconds": round(seconds, 1),
         "steps": trained,
+        "stages": data.stages,
         "seed": seed,
         "provenance": provenance() | {"data": data.identity()},
     }
@@ -117,15 +118,15 @@ def _curve(trainer: Trainer) -> Curve:
     )
 
 
-def _learned(task: Task, trained: int, results: Results) -> list[Question]:
-    """The questions of the ``trained`` first training charts, which are those the model saw.
+def _learned(data: VQAData, trained: int, results: Results) -> list[Question]:
+    """The questions of the ``trained`` first training charts, as the curriculum drew them.
 
     On the way it is verified that none of these charts was evaluated on.
     """
     evaluated = {record.content for record in results.own + results.heldout}
     learned: list[Question] = []
     for index in range(trained):
-        sample = task.sample("train", index)
+        sample = data.tasks[data.stage_at(index)].sample("train", index)
         if sample.content in evaluated:
             raise RuntimeError(f"training sample {index} is in an evaluated split: the split leaks")
         learned += sample.questions

@@ -86,6 +86,16 @@ def test_an_arm_without_tokens_matches_none() -> None:
         solve(Budget("tokens", 1000.0), pairs, pace=None, given=7)
 
 
+def test_a_curriculum_has_no_fixed_cost(config: Path) -> None:
+    """Steps of easy samples are cheap: arms that leave them at other times would not be equal."""
+    moves = "{field: most_items, values: [2, null]}"
+    cost = measure(["--config", str(config), f"--data.init_args.curriculum={moves}"])
+    for match in ("flops", "tokens"):
+        with pytest.raises(UserError, match=r"^data\.curriculum changes how many"):
+            solve(Budget(match, 1e12), cost, pace=None, given=7)
+    assert solve(Budget("samples", 60.0), cost, pace=None, given=7) == 10
+
+
 def test_what_a_step_costs(config: Path, tmp_path: Path) -> None:
     """Gradients that accumulate belong to one step, and frozen parts cost no weight gradients.
 

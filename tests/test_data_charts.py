@@ -160,11 +160,12 @@ def drawn_without_pixels(monkeypatch):
     monkeypatch.setattr(charts, "draw", lambda scene, size: None)
 
 
-@pytest.mark.parametrize("chart", CHARTS)
+@pytest.mark.parametrize(("chart", "most"), [*((chart, None) for chart in CHARTS), ("bar", 2)])
 @pytest.mark.usefixtures("drawn_without_pixels")
-def test_guessing_the_commonest_answer_gains_nothing(chart):
+def test_guessing_the_commonest_answer_gains_nothing(chart, most):
     """Guards against questions whose wording gives the answer away to a model that sees nothing."""
-    task = Charts(charts=[chart], questions=KINDS)
+    kinds = [kind for kind in KINDS if kind != "count" or most is None]  # two are always two
+    task = Charts(charts=[chart], questions=kinds, most_items=most)
     counts = {"bar": 4, "line": 3, "pie": 3}[chart]
     learned, tried = (defaultdict(Counter) for _ in range(2))
     for index in range(2500):
@@ -182,7 +183,8 @@ def test_guessing_the_commonest_answer_gains_nothing(chart):
         spread[kind] += sum((count - expected) ** 2 / expected for count in answers.values())
         spread[kind] += expected * (possible[kind] - len(answers))
         freedom[kind] += possible[kind] - 1
-    for kind, chance in {**CHANCE, "count": 1 / counts}.items():
+    for kind in kinds:
+        chance = {**CHANCE, "count": 1 / counts}[kind]
         noise = (chance * (1 - chance) / total[kind]) ** 0.5
         assert hits[kind] / total[kind] < chance + 3.5 * noise + 0.01, kind
         # Chi-squared over all strings of the type, with room for five standard deviations.
@@ -214,6 +216,20 @@ def test_questions_are_distinct_and_as_many_as_asked_for():
         questions = Charts(questions=KINDS, questions_per_image=5).sample("train", index).questions
         assert 1 <= len({question.text for question in questions}) == len(questions) <= 5
         assert Counter(question.kind for question in questions)["comparison"] <= 3
+
+
+@pytest.mark.parametrize("chart", CHARTS)
+def test_charts_of_few_items_keep_to_their_splits(chart):
+    """Guards against too many items, and against easy training charts among the test charts."""
+    few = Charts(charts=[chart], most_items=3)
+    for split in SPLITS:
+        for index in range(60):
+            sample = few.sample(split, index)
+            assert len(read(chart, sample.images[0])) <= 3
+            assert split_of(sample.content) == split
+    # The same picture has the same content, whatever the number of items may be.
+    drawn = {Charts(charts=[chart]).sample("train", index).content for index in range(400)}
+    assert drawn & {few.sample("train", index).content for index in range(400)} or chart != "pie"
 
 
 # --- The large style ------------------------------------------------------------------------------
@@ -305,6 +321,8 @@ def test_nothing_of_a_large_chart_is_cut_off(chart, size):
         ({"style": "large"}, "size >= 160.* got 64"),
         ({"size": 16}, "size >= 32.* got 16"),
         ({"questions_per_image": 0}, "questions_per_image >= 1"),
+        ({"most_items": 1}, "most_items: bar charts need 2, got 1"),
+        ({"charts": ["bar", "pie"], "most_items": 2}, "most_items: bar and pie charts need 3"),
     ],
 )
 def test_arguments_that_cannot_be_meant_are_refused(arguments, message):
@@ -332,9 +350,14 @@ def test_identity_changes_with_every_argument():
         Charts(seed=1),
         Charts(size=200),
         Charts(size=200, style="small"),
+        Charts(most_items=2),
+        Charts(most_items=4),
+        Charts(charts=["bar", "line"], most_items=4),
+        Charts(charts=["bar", "line"]),
     ]
     assert len({task.identity() for task in tasks}) == len(tasks)
     assert Charts().identity() == Charts(charts=["bar"], style="small").identity()
+    assert Charts().identity() == Charts(most_items=5).identity() == "b040976e9ef737b4"
 
 
 def test_drawing_takes_a_small_part_of_a_training_step():

@@ -11,7 +11,9 @@ import torch
 from sandbox import quickstart as module
 from sandbox.checkpoint import load_model, read_checkpoint
 from sandbox.data.charts import Charts
+from sandbox.data.curriculum import Curriculum
 from sandbox.data.media import load_image
+from sandbox.data.module import VQAData
 from sandbox.data.prompt import Prompt
 from sandbox.data.task import Question
 from sandbox.errors import UserError
@@ -48,6 +50,7 @@ def test_summary_has_every_figure(summary: dict[str, Any]):
         "train_seconds",
         "seed",
         "steps",
+        "stages",
         "intervals",
         "inside",
         "provenance",
@@ -120,6 +123,9 @@ def test_unusable_directories_fail_before_training(tmp_path: Path, monkeypatch: 
         quickstart(tmp_path / "run")
 
 
+STAGES = {"switches": [[0, 0], [4, 1]], "right": 0, "answers": 0, "batches": 0}
+
+
 def results(content: str) -> Results:
     record = Record("test", 0, content, 0, Question("How many?", "2", "count"), correct=True)
     bound = replace(record, correct=False, question=Question("Which?", "a", "which", ("a", "b")))
@@ -129,9 +135,21 @@ def results(content: str) -> Results:
 def test_a_training_chart_in_the_test_split_is_an_error():
     """Guards against an accuracy on charts that the model has seen."""
     seen = Charts().sample("train", 5).content
-    assert module._learned(Charts(), 5, results(seen))
+    assert module._learned(VQAData(Charts()), 5, results(seen))
     with pytest.raises(RuntimeError, match="training sample 5"):
-        module._learned(Charts(), 6, results(seen))
+        module._learned(VQAData(Charts()), 6, results(seen))
+
+
+def test_the_questions_learned_are_those_of_each_stage():
+    """Guards against a commonest answer of charts that training never showed."""
+    data = VQAData(Charts(), curriculum=Curriculum("most_items", [2, None]))
+    data.load_state_dict(data.state_dict() | {"curriculum": STAGES})
+    learned = module._learned(data, 6, results("ab"))
+    drawn = [Charts(most_items=2).sample("train", index) for index in range(4)]
+    drawn += [Charts().sample("train", index) for index in (4, 5)]
+    assert learned == [question for sample in drawn for question in sample.questions]
+    # The first stage's charts are no longer what the whole task draws at these places.
+    assert learned != module._learned(VQAData(Charts()), 6, results("ab"))
 
 
 def test_held_out_figure_leaves_out_what_joins_nothing():

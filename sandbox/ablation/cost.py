@@ -34,6 +34,7 @@ class Cost:
         samples: of the task, such as a picture with its questions.
         params_total, params_active, params_trained: all of them; those that a token visits; those
             that are not frozen.
+        varies: whether a curriculum changes what a step reads while training.
     """
 
     flops: float
@@ -42,6 +43,7 @@ class Cost:
     params_total: int
     params_active: int
     params_trained: int
+    varies: bool = False
 
 
 def resolve(argv: Sequence[str]) -> dict[str, Any]:
@@ -76,6 +78,7 @@ def measure(argv: Sequence[str]) -> Cost:
         flops=batches * fmean(step_flops(objective, batch) for batch in first),
         tokens=batches * fmean(map(_tokens, first)),
         samples=batches * data.batch_size,
+        varies=getattr(data, "curriculum", None) is not None,
         **{f"params_{name}": number for name, number in counts.items()},
     )
 
@@ -90,8 +93,14 @@ def solve(budget: Budget, cost: Cost, pace: float | None, given: int) -> int:
         given: the steps that its configuration has, which stay where parameters are matched.
 
     Raises:
-        UserError: the budget does not pay for a step, or the arm is of another size.
+        UserError: the budget does not pay for a step, the arm is of another size, or its steps
+            have no fixed cost.
     """
+    if cost.varies and budget.match in ("flops", "tokens"):
+        raise UserError(
+            f"data.curriculum changes how many {budget.match} a step takes, when is not known "
+            "before training: set it to null, or match samples or wall"
+        )
     if budget.match == "params_active":
         if abs(cost.params_active / budget.amount - 1) > ALIKE:
             raise UserError(

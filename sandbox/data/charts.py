@@ -58,6 +58,8 @@ LEVEL_SETS: dict[str, list[list[tuple[int, ...]]]] = {
     ],
 }
 CHARTS = tuple(LEVEL_SETS)
+FEWEST = {chart: len(sets[0][0]) for chart, sets in LEVEL_SETS.items()}  # items of a chart
+MOST = {chart: len(sets[-1][0]) for chart, sets in LEVEL_SETS.items()}
 STYLES = ("auto", "small", "large")
 SMALLEST_LARGE = 160  # pixels a side at which labels become readable
 
@@ -71,9 +73,9 @@ def _banned_pairs(names: Iterable[int], levels: Iterable[int]) -> int:
     return sum(banned_name(level) == name for name, level in zip(names, levels, strict=True))
 
 
-def _random_scene(chart: str, large: bool, heldout: bool, rng: random.Random) -> Scene:
+def _random_scene(chart: str, most: int, large: bool, heldout: bool, rng: random.Random) -> Scene:
     """A scene without a held-out combination or, for ``heldout``, with exactly one."""
-    sets = rng.choice(LEVEL_SETS[chart])
+    sets = rng.choice(_level_sets(chart, most))
     chosen = rng.choice(sets)
     levels = tuple(rng.sample(chosen, len(chosen)))
     while True:  # most assignments will do, and for `heldout` about a third
@@ -105,6 +107,11 @@ def _random_scene(chart: str, large: bool, heldout: bool, rng: random.Random) ->
         tint=rng.randrange(len(PALETTE)),
         printed=chart != "line" and rng.random() < 0.5,
     )
+
+
+def _level_sets(chart: str, most: int) -> list[list[tuple[int, ...]]]:
+    """The sets of levels of a chart with at most ``most`` items, by number of items."""
+    return LEVEL_SETS[chart][: most - FEWEST[chart] + 1]
 
 
 def _tell(scene: Scene) -> str:
@@ -150,18 +157,17 @@ def _placements(levels: int, names: int, held: tuple[int, ...]) -> int:
 
 
 @cache
-def _weighted_sets(chart: str) -> list[tuple[float, tuple[int, ...]]]:
+def _weighted_sets(chart: str, most: int) -> list[tuple[float, tuple[int, ...]]]:
     """Every set of levels, with the chance of one particular assignment of names to it."""
-    return [
-        (1 / len(sets) / _ways(levels), levels) for sets in LEVEL_SETS[chart] for levels in sets
-    ]
+    groups = _level_sets(chart, most)
+    return [(1 / len(sets) / _ways(levels), levels) for sets in groups for levels in sets]
 
 
 @cache
-def _keep_value(chart: str, name: int) -> dict[int, float]:
+def _keep_value(chart: str, most: int, name: int) -> dict[int, float]:
     """By level: the probability to keep the question for the value of this name."""
     chances: defaultdict[int, float] = defaultdict(float)
-    for weight, levels in _weighted_sets(chart):
+    for weight, levels in _weighted_sets(chart, most):
         for level in levels:
             if banned_name(level) != name:
                 rest = [other for other in levels if other != level]
@@ -170,10 +176,10 @@ def _keep_value(chart: str, name: int) -> dict[int, float]:
 
 
 @cache
-def _keep_extremum(chart: str, highest: bool) -> dict[int, float]:
+def _keep_extremum(chart: str, most: int, highest: bool) -> dict[int, float]:
     """By name: the probability to keep the question which name is highest, or lowest."""
     chances: defaultdict[int, float] = defaultdict(float)
-    for weight, levels in _weighted_sets(chart):
+    for weight, levels in _weighted_sets(chart, most):
         extreme, rest = (levels[-1], levels[:-1]) if highest else (levels[0], levels[1:])
         for name in range(len(BANNED)):
             if banned_name(extreme) != name:
@@ -182,11 +188,11 @@ def _keep_extremum(chart: str, highest: bool) -> dict[int, float]:
 
 
 @cache
-def _keep_difference(chart: str, names: frozenset[int]) -> dict[int, float]:
+def _keep_difference(chart: str, most: int, names: frozenset[int]) -> dict[int, float]:
     """By distance in levels: the probability to keep the question for these two names."""
     one, other = names
     chances: defaultdict[int, float] = defaultdict(float)
-    for weight, levels in _weighted_sets(chart):
+    for weight, levels in _weighted_sets(chart, most):
         for a, b in permutations(levels, 2):
             if banned_name(a) != one and banned_name(b) != other:
                 rest = [level for level in levels if level not in (a, b)]
@@ -202,9 +208,10 @@ def _keep_difference(chart: str, names: frozenset[int]) -> dict[int, float]:
 class _View:
     """One column of a scene as the questions see it."""
 
-    def __init__(self, scene: Scene, column: int, rng: random.Random) -> None:
+    def __init__(self, scene: Scene, column: int, most: int, rng: random.Random) -> None:
         period = scene.periods[column]
         self.scene = scene
+        self.drawn = scene.chart, most  # what the balance of its questions depends on
         self.when = f" in {period}" if period else ""
         self.levels = scene.columns[column]
         self.items = list(zip(scene.names, self.levels, strict=True))
@@ -240,19 +247,19 @@ def _value(view: _View) -> list[Question]:
     present = tuple(view.amount(level) for level in sorted(view.levels))
     questions = []
     for name, level in view.items:
-        if view.keeps(_keep_value(view.scene.chart, name).get(level, 0), name):
+        if view.keeps(_keep_value(*view.drawn, name).get(level, 0), name):
             text = f"What is the value of {view.call(name)}{view.when}?"
             questions.append(Question(text, view.amount(level), "value", present))
     return questions
 
 
 def _extremum(view: _View) -> list[Question]:
-    theme, chart = view.scene.theme, view.scene.chart
+    theme = view.scene.theme
     present = tuple(sorted(theme.names[name] for name in view.scene.names))
     questions = []
     for word, level in (("highest", max(view.levels)), ("lowest", min(view.levels))):
         name = view.scene.names[view.levels.index(level)]
-        if view.keeps(_keep_extremum(chart, word == "highest").get(name, 0), name):
+        if view.keeps(_keep_extremum(*view.drawn, word == "highest").get(name, 0), name):
             text = f"Which {theme.category} has the {word} value{view.when}?"
             questions.append(Question(text, theme.names[name], "extremum", present))
     return questions
@@ -279,7 +286,7 @@ def _difference(view: _View) -> list[Question]:
     present = tuple(view.amount(gap) for gap in sorted(gaps))
     questions = []
     for (one, a), (other, b) in permutations(view.items, 2):
-        keep = _keep_difference(view.scene.chart, frozenset((one, other)))[abs(a - b)]
+        keep = _keep_difference(*view.drawn, frozenset((one, other)))[abs(a - b)]
         if view.keeps(keep, one, other):
             text = f"What is the difference between {view.call(one)} and {view.call(other)}"
             answer = view.amount(abs(a - b))
@@ -318,6 +325,7 @@ class Charts(Task):
         questions_per_image: at most so many distinct questions an image, at least one.
         style: "small", "large" (from 160 pixels), or "auto": large where it can be.
         seed: another seed draws other scenes, from the same splits.
+        most_items: at most so many bars, circles, lines or slices; None means as many as above.
 
     Raises:
         UserError: an unknown chart, question type or style, or a number out of range.
@@ -331,6 +339,7 @@ class Charts(Task):
         questions_per_image: int = 8,
         style: str = "auto",
         seed: int = 0,
+        most_items: int | None = None,
     ) -> None:
         self.charts = ["bar"] if charts is None else charts
         self.questions = ["value", "extremum", "count"] if questions is None else questions
@@ -342,6 +351,12 @@ class Charts(Task):
             raise UserError(
                 f"charts of style {style!r} need size >= {smallest} and questions_per_image >= 1, "
                 f"got {size} and {questions_per_image}"
+            )
+        fewest, most = (max(limit[chart] for chart in self.charts) for limit in (FEWEST, MOST))
+        self.most_items = most if most_items is None else min(most_items, most)
+        if self.most_items < fewest:
+            raise UserError(
+                f"most_items: {' and '.join(self.charts)} charts need {fewest}, got {most_items}"
             )
         self.pixels = size
         self.large = style == "large" or (style == "auto" and size >= SMALLEST_LARGE)
@@ -355,7 +370,8 @@ class Charts(Task):
         """The chart at ``index`` of ``split``: one RGB image and its questions."""
         rng = stream(self.seed, split, index)
         while True:
-            scene = _random_scene(rng.choice(self.charts), self.large, split == "heldout", rng)
+            chart = rng.choice(self.charts)
+            scene = _random_scene(chart, self.most_items, self.large, split == "heldout", rng)
             content = fingerprint(*vars(scene).values(), self.pixels)
             if split != "heldout" and split_of(content) != split:
                 continue
@@ -365,7 +381,7 @@ class Charts(Task):
                 return Sample((image,), questions, content, text=_tell(scene))
 
     def _ask(self, scene: Scene, rng: random.Random) -> tuple[Question, ...]:
-        views = [_View(scene, column, rng) for column in range(len(scene.columns))]
+        views = [_View(scene, column, self.most_items, rng) for column in range(len(scene.columns))]
         # In a held-out chart with periods, only one period has the new combination.
         views = [view for view in views if view.target is not None] or views
         by_kind = [
@@ -378,4 +394,6 @@ class Charts(Task):
         """A short hash of the version and every argument."""
         drawn = self.pixels, self.charts, self.large
         asked = self.questions, self.questions_per_image
-        return fingerprint("Charts", VERSION, *drawn, *asked, self.seed)
+        fewer = self.most_items < max(MOST[chart] for chart in self.charts)
+        most = [self.most_items] if fewer else []  # without it, the identity is what it was before
+        return fingerprint("Charts", VERSION, *drawn, *asked, self.seed, *most)

@@ -5,11 +5,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from sandbox.data.batch import Batch, collate
+from sandbox.data.curriculum import Curriculum, Mastery
 from sandbox.data.generated import fingerprint, pick_questions
 from sandbox.data.prompt import Loss, PromptEncoder
 from sandbox.data.stream import Draw, SizedBatches, Stream, named
@@ -34,10 +37,15 @@ class VQAData(Stream):
             asked; types not named are asked from the first. What is easily seen can hide what is
             not (experiments/LOG.md), so the harder type may need a start of its own. Samples
             without a question so far are passed over.
+        curriculum: an argument of the task that starts easy and changes once that is mastered, in
+            training alone: val, test and heldout are always those of the task as it is configured.
         val_samples: validation samples of a task that has no end of them.
         test_samples: the same for the test and the held-out split.
         workers: processes that encode; 0 encodes in the main process.
         seed: order of a finite task, and the choice of questions.
+
+    Raises:
+        UserError: the curriculum does not fit the task, or the number of workers.
     """
 
     prompts: PromptEncoder | None = None
@@ -50,6 +58,7 @@ class VQAData(Stream):
         loss: Loss = "answer",
         questions_per_sample: int | None = None,
         starts: dict[str, int] | None = None,
+        curriculum: Curriculum | None = None,
         val_samples: int = 256,
         test_samples: int = 1024,
         workers: int = 0,
@@ -65,6 +74,10 @@ class VQAData(Stream):
         self.loss: Loss = loss
         self.questions_per_sample = questions_per_sample
         self.starts = starts or {}
+        self.curriculum = curriculum
+        self.tasks = curriculum.tasks(task) if curriculum else (task,)  # by stage
+        self._mastery = Mastery(curriculum) if curriculum else None
+        self.prefetch()  # refuses too many workers before anything is trained
 
     def identity(self) -> str:
         """A short hash of all that decides which tokens a model sees, but for the batch size."""
@@ -75,6 +88,7 @@ class VQAData(Stream):
             self.questions_per_sample,
             sorted(self.starts.items()),
             self.seed,
+            *([self.curriculum.identity()] if self.curriculum else []),
         )
 
     def available(self, split: Split) -> int | None:
@@ -88,6 +102,8 @@ class VQAData(Stream):
             UserError: the model reads no prompts.
         """
         super().setup(stage)
+        if stage == "fit" and self.curriculum:
+            self._mastery = Mastery(self.curriculum)
         driven: Any = self.trainer
         self.prompts = getattr(driven.lightning_module.model, "prompts", None)
         if self.prompts is None:
@@ -95,6 +111,71 @@ class VQAData(Stream):
                 "VQAData serves next-token training, and the model reads no prompts: for "
                 "contrastive training, give sandbox.data.captions.CaptionData a source"
             )
+
+    def stage_at(self, place: int) -> int:
+        """The stage of the curriculum that a place in the training stream belongs to."""
+        return self._mastery.stage_at(place) if self._mastery else 0
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """Each stage so far: its value, and the training sample (of all passes) it begins at."""
+        if self.curriculum is None or self._mastery is None:
+            return []
+        values = self.curriculum.values
+        return [{"from": place, "value": values[n]} for place, n in self._mastery.switches]
+
+    def prefetch(self) -> int | None:
+        """Batches that each worker prepares in advance: no more than a curriculum can wait for.
+
+        Raises:
+            UserError: there are too many workers for that.
+        """
+        return self.curriculum.prefetch(self.workers) if self.curriculum else None
+
+    def observe(self, kinds: Sequence[str], right: Tensor) -> None:
+        """Let the curriculum see the answers to the batch in training, on every process alike.
+
+        Args:
+            kinds: the question type of each answer.
+            right: bool ``[len(kinds)]``.
+        """
+        mastery, trainer = self._mastery, cast(Any, self.trainer)
+        if mastery is None or trainer is None:
+            return
+        done = self._progress()
+        if mastery.settle(done.batches):
+            ahead = mastery.curriculum.ahead * self.batch_size * trainer.world_size
+            if self._drawn > done.samples + ahead:
+                raise RuntimeError("samples were drawn before the stage of their place was known")
+            mastery.decide(*self._counts(mastery), place=done.samples + ahead)
+        if mastery.watches(done.samples):
+            mastery.note(done.batches, kinds, right)
+        stage = float(mastery.stage_at(done.samples))
+        trainer.lightning_module.log("curriculum/stage", stage, batch_size=self.batch_size)
+
+    def _counts(self, mastery: Mastery) -> tuple[int, int]:
+        """Right answers and all answers of the window, of all processes."""
+        counts = mastery.counts()
+        if self._place()[1] == 1:
+            return counts
+        strategy = cast(Any, self.trainer).strategy
+        mine = torch.tensor(counts, device=strategy.root_device)
+        right, answers = strategy.reduce(mine, reduce_op="sum").tolist()
+        return right, answers
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training and the curriculum stand, for a checkpoint; called on every process."""
+        state = super().state_dict()
+        if self._mastery is None:
+            return state
+        self._mastery.settle(self._progress().batches)
+        return {**state, "curriculum": self._mastery.state(*self._counts(self._mastery))}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a checkpoint stood; a curriculum that it lacks starts at its first stage."""
+        super().load_state_dict(state_dict)
+        if self._mastery and "curriculum" in state_dict:
+            self._mastery.load(state_dict["curriculum"], first=self._place()[0] == 0)
 
     @property
     def test_splits(self) -> tuple[Split, ...]:
@@ -127,6 +208,7 @@ class _Encoded(Dataset[Batch]):
 
     def __init__(self, data: VQAData, prompts: PromptEncoder) -> None:
         self.task = data.task
+        self.tasks = data.tasks
         self.prompts = replace(prompts, tokenizer=_Memo(prompts.tokenizer))
         self.loss = data.loss
         self.questions_per_sample = data.questions_per_sample
@@ -143,9 +225,9 @@ class _Encoded(Dataset[Batch]):
 
     def _sample(self, draw: Draw) -> Sample:
         """The sample, with the questions that training asks of it at this place."""
-        sample = self.task.sample(draw.split, draw.index)
         if draw.split != "train":
-            return sample
+            return self.task.sample(draw.split, draw.index)
+        sample = self.tasks[draw.stage].sample(draw.split, draw.index)
         by_kind = defaultdict[str, list[Question]](list)
         for question in sample.questions:
             if self.starts.get(question.kind, 0) <= draw.place:

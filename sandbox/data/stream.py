@@ -26,11 +26,12 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class Draw:
-    """One sample, and the place in the training stream that it is drawn at."""
+    """One sample, the place in the training stream that it is drawn at, and the stage there."""
 
     split: Split
     index: int
     place: int
+    stage: int = 0
 
 
 class Stream(lightning.LightningDataModule, ABC):
@@ -57,6 +58,7 @@ class Stream(lightning.LightningDataModule, ABC):
         self.seed = seed
         self.limits = limits
         self._resumed = Progress(batches=0, samples=0)
+        self._drawn = 0  # the first place that no batch of this process has been drawn from
 
     @abstractmethod
     def identity(self) -> str:
@@ -69,6 +71,14 @@ class Stream(lightning.LightningDataModule, ABC):
     @abstractmethod
     def encoded(self) -> Dataset[Any]:
         """What makes a batch of a list of draws: all that a worker process needs."""
+
+    def stage_at(self, place: int) -> int:
+        """The stage of a curriculum that a place in the training stream belongs to."""
+        return 0
+
+    def prefetch(self) -> int | None:
+        """Batches that each worker prepares in advance; None leaves that to the loader."""
+        return None
 
     def size(self, split: Split) -> int:
         """How many samples of an evaluated split are used: all there are, or the limit."""
@@ -137,14 +147,18 @@ class Stream(lightning.LightningDataModule, ABC):
         if size == 0:
             raise UserError(f"{type(self).__name__} has no sample to train on")
         for first in count(start, processes * self.batch_size):
-            places = range(first, first + self.batch_size)
-            if size is None:
-                yield [Draw("train", place, place) for place in places]
-            else:
-                yield [Draw("train", self._nth(place, size), place) for place in places]
+            self._drawn = first + self.batch_size
+            places = range(first, self._drawn)
+            indices = [self._nth(place, size) for place in places]
+            yield [
+                Draw("train", index, place, self.stage_at(place))
+                for index, place in zip(indices, places, strict=True)
+            ]
 
-    def _nth(self, place: int, size: int) -> int:
-        """The index of the sample at a place in the stream of a finite source."""
+    def _nth(self, place: int, size: int | None) -> int:
+        """The index of the sample at a place in the stream of a source of this size."""
+        if size is None:
+            return place
         epoch, offset = divmod(place, size)
         return int(_permutation(self.seed, epoch, size)[offset])
 
@@ -177,6 +191,7 @@ class Stream(lightning.LightningDataModule, ABC):
             batch_size=None,  # the sampler names whole batches
             sampler=draws,
             num_workers=self.workers,
+            prefetch_factor=self.prefetch(),
             pin_memory=on_gpu,
             # Otherwise each new iterator would advance the global generator of torch.
             generator=torch.Generator(),

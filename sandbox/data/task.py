@@ -1,8 +1,9 @@
 """The contract of a task: a pure function from (split, index) to images with questions."""
 
+import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image as PILImage
 
@@ -52,11 +53,25 @@ class Sample:
 class Task(ABC):
     """A source of samples. Every constructor argument is a plain value, so YAML can name it.
 
+    Arguments are recorded in ``init_args``, defaults included, so that a curriculum can make the
+    same task with one of them changed.
+
     ``sample`` must be a pure function of the constructor arguments, split and index: any worker,
     any rank and any resumed run sees the same example. Splits: ``train``, ``val`` and ``test`` are
     drawn alike but disjoint by content; ``heldout`` holds combinations that never occur in the
     other three (out-of-distribution).
     """
+
+    init_args: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Task":
+        """Record the arguments before ``__init__`` of the subclass sees them."""
+        self = super().__new__(cls)
+        # Partial: pickle makes an object without arguments, and then restores these.
+        bound = inspect.signature(cls).bind_partial(*args, **kwargs)
+        bound.apply_defaults()
+        self.init_args = dict(bound.arguments)
+        return self
 
     @abstractmethod
     def size(self, split: Split) -> int | None:

@@ -276,7 +276,8 @@ class RunRecord(Callback):
       each taken to have read as much as the first;
     - ``seconds``, loading and checkpoints included and validation not, and ``tokens_per_s`` of it;
     - ``peak_memory`` in bytes: allocated on a CUDA device in training, else the most that the first
-      process ever had resident.
+      process ever had resident;
+    - ``stages`` of a curriculum: their values, and the samples that they began at.
 
     A killed run lacks it.
     """
@@ -338,6 +339,7 @@ class RunRecord(Callback):
         tokens = trainer.world_size * int(self._tokens)  # waits for the device: then the clock
         seconds = (self._paused or time.perf_counter()) - since
         *before, session = json.loads(_record_path(trainer).read_text())["sessions"]
+        stages = getattr(getattr(trainer, "datamodule", None), "stages", None)
         session["trained"] = {
             "steps": trainer.global_step - self._steps,
             "samples": trainer.world_size * self._samples,
@@ -345,6 +347,7 @@ class RunRecord(Callback):
             "seconds": seconds,
             "tokens_per_s": tokens / seconds,
             "peak_memory": peak_memory(trainer.strategy.root_device),
+            **({"stages": stages} if stages else {}),
         }
         self._write(trainer, [*before, session])
 

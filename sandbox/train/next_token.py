@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from sandbox.backbone.moe import MoE
 from sandbox.data.batch import Batch
+from sandbox.data.module import VQAData
 from sandbox.model import Output, VisionLanguageModel
 from sandbox.train.callbacks import of_all_processes
 from sandbox.train.objective import Objective
@@ -64,7 +65,11 @@ class NextToken(Objective):
             if self._balanced:
                 loads = {layer.layer: layer.load() for layer in output.routing}
                 self._sums.add({"load": torch.stack([loads[number] for number in self._balanced])})
-            answered = batch.answered(output.correct).float()
+            answered = batch.answered(output.correct)
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, VQAData):
+            data.observe(batch.kinds, answered)
+        answered = answered.float()
         if self.trainer.world_size * self.trainer.accumulate_grad_batches > 1:
             return {"loss": self._weighted(batch, output, answered), "output": output}
         self._log_training(output.loss, answered.mean(), output.parts, len(batch.tokens))
