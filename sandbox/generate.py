@@ -92,11 +92,15 @@ class Sampling:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode; the model's mode is restored, whatever happens."""
+    """In eval mode and not compiled; the model's mode is restored, whatever happens.
+
+    Prompts, caches and single tokens would each be compiled for themselves.
+    """
     training = model.training
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         model.train(training)
 

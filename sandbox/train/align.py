@@ -57,6 +57,7 @@ class Align(NextToken):
         init_from: dict[str, str] | None = None,
         train_only: Sequence[str] | None = None,
         contrastive: float = 0.0,
+        compile: bool = False,
     ) -> None:
         reader = load_reader(language_model)
         config = reader.backbone.config
@@ -69,7 +70,7 @@ class Align(NextToken):
                 if not name.startswith(("encoder", "fusion")):
                     raise UserError(f"train_only: '{name}' is no part of encoder or fusion")
                 submodule(model, name, key="train_only").requires_grad_(True)
-        super().__init__(model, optimizer, freeze=["backbone"])
+        super().__init__(model, optimizer, freeze=["backbone"], compile=compile)
         self.contrastive = contrastive
         self.contrast = CaptionContrast(model) if contrastive else None
 

@@ -194,6 +194,7 @@ class Contrastive(Objective):
         optimizer: how parameters move.
         templates: sentences whose ``{}`` a class takes in zero-shot classification; a class is the
             mean of its sentences' embeddings, as in CLIP.
+        compile: see ``Objective``.
 
     Raises:
         UserError: a template has no ``{}``, or see ``ContrastiveModel``.
@@ -208,10 +209,12 @@ class Contrastive(Objective):
         pool: Pool = "summary",
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen, so safe to share)
         templates: Sequence[str] = ("a photo of a {}.",),
+        compile: bool = False,
     ) -> None:
         if not templates or not all("{}" in template for template in templates):
             raise UserError(f"templates {list(templates)}: each needs a {{}} for the class")
-        super().__init__(ContrastiveModel(encoder, text, embed_dim, tokenizer, pool), optimizer)
+        model = ContrastiveModel(encoder, text, embed_dim, tokenizer, pool)
+        super().__init__(model, optimizer, compile=compile)
         from open_clip.loss import ClipLoss
 
         self.templates = templates

@@ -57,7 +57,8 @@ def step_flops(objective: Objective, batch: Any) -> int:
     counter = flop_counter()
     try:
         # The counter comes last: it sees each operation first, and passes it on.
-        with torch.random.fork_rng([]), torch.enable_grad(), _Shapes(), counter:
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.random.fork_rng([]), torch.enable_grad(), eager, _Shapes(), counter:
             loss = functional_call(_Loss(objective.train()), tensors, (batch,))
             torch.autograd.grad(loss, trained, allow_unused=True)
     finally:

@@ -35,13 +35,17 @@ class NextToken(Objective):
     Args:
         model: what is trained.
         optimizer: how parameters move.
-        freeze: see ``Objective``.
+        freeze, compile: see ``Objective``.
     """
 
     def __init__(
-        self, model: VisionLanguageModel, optimizer: OptimizerConfig, freeze: Sequence[str] = ()
+        self,
+        model: VisionLanguageModel,
+        optimizer: OptimizerConfig,
+        freeze: Sequence[str] = (),
+        compile: bool = False,
     ) -> None:
-        super().__init__(model, optimizer, freeze)
+        super().__init__(model, optimizer, freeze, compile)
         self._scores: defaultdict[str, list[float]] = defaultdict(list)  # of one evaluation
         self._sums = Sums()  # since the last update
         self._tiles = 0  # of this process, since the last update

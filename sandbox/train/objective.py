@@ -1,13 +1,17 @@
 """What the runs of all objectives share: self-describing checkpoints, and the optimizer."""
 
 from collections.abc import Sequence
+from shutil import which
 from typing import Any
 
 import lightning
+import torch
+import torch._dynamo
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from sandbox.allocator import keep_freed_memory
+from sandbox.backbone.transformer import Block
 from sandbox.checkpoint import check_weights, model_tensors
 from sandbox.errors import UserError
 from sandbox.train.callbacks import RNG, restore_rng, run_state
@@ -23,13 +27,20 @@ class Objective(lightning.LightningModule):
         model: what is trained and saved; its ``describe()`` gives the plain values to make it of.
         optimizer: how parameters move.
         freeze: dotted names of parts of the model that stay as they are.
+        compile: whether training runs decoder layers and encoder through ``torch.compile``. The
+            first steps then take a minute or two on a CPU, less where a run before filled the cache
+            (``TORCHINDUCTOR_CACHE_DIR``); it needs a C++ compiler.
 
     Raises:
         UserError: a frozen part does not exist, or nothing is left to train.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: OptimizerConfig, freeze: Sequence[str] = ()
+        self,
+        model: nn.Module,
+        optimizer: OptimizerConfig,
+        freeze: Sequence[str] = (),
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.model: Any = model
@@ -38,6 +49,7 @@ class Objective(lightning.LightningModule):
             submodule(self.model, name, key="freeze").requires_grad_(False)
         if not any(p.requires_grad for p in self.parameters()):
             raise UserError(f"freeze={list(freeze)} leaves nothing to train")
+        self.compiled = compile
         self._rng_states: Sequence[dict[str, Any]] = ()
 
     def loss(self, batch: Any) -> Tensor:
@@ -61,9 +73,17 @@ class Objective(lightning.LightningModule):
         self._rng_states = checkpoint.get(RNG, [])
 
     def on_fit_start(self) -> None:
-        """On a CPU, spare every step the faulting in of its memory."""
+        """Compile what is to be compiled; on a CPU, spare every step the faulting in of its memory.
+
+        Raises:
+            UserError: there is no C++ compiler.
+        """
         if self.device.type == "cpu":
             keep_freed_memory()
+        if self.compiled:
+            if self.device.type == "cpu" and not (which("g++") or which("clang++")):
+                raise UserError("compile: true needs a C++ compiler on a CPU: install g++")
+            compile_parts(self.model)
 
     def on_train_start(self) -> None:
         """Draw on as the run would have that is resumed.
@@ -91,6 +111,19 @@ class Objective(lightning.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+
+def compile_parts(model: nn.Module) -> None:
+    """Run decoder layers and encoder through ``torch.compile`` from now on, in place.
+
+    Names of weights stay as they are. Shapes are dynamic: batches differ in their tokens.
+    """
+    # One layer is compiled for training, evaluation, dense or mixture, local or global.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    encoder = getattr(model, "encoder", None)
+    layers = [module for module in model.modules() if isinstance(module, Block)]
+    for module in [*layers, *([] if encoder is None else [encoder])]:
+        module.compile(dynamic=True)
 
 
 def submodule(model: nn.Module, name: str, *, key: str) -> nn.Module:

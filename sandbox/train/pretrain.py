@@ -26,6 +26,7 @@ class Pretrain(NextToken):
             part (``{encoder: RUN, backbone: OTHER}``) of whatever holds that part.
         freeze: dotted names of model parts that stay as they are (``encoder``, ``backbone``,
             ``backbone.embed``, ...).
+        compile: see ``Objective``.
 
     Raises:
         UserError: a frozen part does not exist, nothing is left to train, or the checkpoint is of
@@ -42,10 +43,11 @@ class Pretrain(NextToken):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen, so safe to share)
         init_from: str | dict[str, str] | None = None,
         freeze: Sequence[str] = (),
+        compile: bool = False,
     ) -> None:
         vocabulary = Tokenizer.load(tokenizer)
         if isinstance(backbone, str):
             backbone = preset(backbone, vocabulary.vocab_size)
         model = VisionLanguageModel(encoder, fusion, backbone, vocabulary, max_tiles=max_tiles)
         start_from(model, init_from)
-        super().__init__(model, optimizer, freeze)
+        super().__init__(model, optimizer, freeze, compile)

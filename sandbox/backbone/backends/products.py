@@ -43,7 +43,7 @@ ONEDNN = onednn_is_faster()
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a [m, k] @ b.T`` for ``b [n, k]``; both may be transposed views. No gradient."""
     if ONEDNN and a.dtype == torch.float32 and len(a) * b.numel() >= SMALLEST:
-        return _opaque(a, b) if torch.compiler.is_compiling() else _onednn(a, b)
+        return torch.ops.sandbox.product(a, b) if torch.compiler.is_compiling() else _onednn(a, b)
     return a @ b.T
 
 
@@ -51,11 +51,12 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
-# torch.compile would have the weight be a constant of its graph.
-_opaque = torch.library.custom_op("sandbox::product", _onednn, mutates_args=())
+# torch.compile would have the weight be a constant of its graph, were the product not its own name.
+torch.library.define("sandbox::product", "(Tensor a, Tensor b) -> Tensor")
+torch.library.impl("sandbox::product", "cpu", _onednn)
 
 
-@_opaque.register_fake
+@torch.library.register_fake("sandbox::product")
 def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(len(a), len(b))
 
