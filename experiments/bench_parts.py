@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from experiments.bench_measure import Bench, Row, Sampler, Skip, agree
 from experiments.bench_models import our_loss, random_tokens, shape, twins
 from experiments.bench_peers import ExpertLoop
-from sandbox.backbone import rope
+from sandbox.backbone import backends, rope
 from sandbox.backbone.config import BackboneConfig
 from sandbox.backbone.moe import FeedForward
 from sandbox.backbone.transformer import Backbone
@@ -85,7 +85,11 @@ def folded_attention(
     frequency = rope.frequencies(config.head_dim, config.rope_theta).to(device)
     positions = torch.arange(T, device=device)[None]
     view = Visibility(config, frequency, positions, plain=True)
-    return lambda q, k, v: view.attend(q, k, v, local=True)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return backends.of(q).attend(q[0], k[0], v[0], view, local=True)[None]
+
+    return attend
 
 
 def masked_attention(

@@ -93,16 +93,18 @@ def available() -> list[str]:
 
 
 def slow_bf16_mixed() -> bool:
-    """Whether autocast to bf16 may slow training down here: on an x86 CPU without AMX.
+    """Whether autocast to bf16 would slow training down here: an x86 CPU that has to emulate bf16.
 
-    Measured on an AMD EPYC with AVX512-BF16, forward and backward against fp32: 0.83 to 0.88 of the
-    speed for ``quickstart.yaml``, 1.05 to 1.09 for ``chartqa_generated.yaml``, whose tiles are
-    large, and 1.18 for ``text_lm.yaml`` with the 5m preset.
+    With AVX512-BF16 (AMD EPYC, one thread) a step of ``quickstart.yaml`` was 1.11 times as fast as
+    in fp32, and one of the benchmark's mixture of 16 experts 1.50 times (experiments/LOG.md).
     """
     import torch
 
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private: it may go
-    return platform.machine() in ("x86_64", "AMD64") and amx is not None and not amx()
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    asked = [getattr(torch.cpu, name, None) for name in names]  # private: they may go
+    return all(ask is not None and not ask() for ask in asked)
 
 
 def _lacks_bf16(device: "torch.device") -> str:

@@ -92,14 +92,11 @@ class Sampling:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode and not compiled; the model's mode is restored, whatever happens.
-
-    Prompts, caches and single tokens would each be compiled for themselves.
-    """
+    """In eval mode and not compiled; the model's mode is restored, whatever happens."""
     training = model.training
     model.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"):  # single tokens are compiled anew each
             yield
     finally:
         model.train(training)

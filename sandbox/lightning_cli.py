@@ -40,8 +40,8 @@ HELP = (
 # What Lightning runs as autocast to bf16 on a CPU.
 MIXED = ("bf16-mixed", "bf16", "16-mixed", "16", 16)
 SLOW_MIXED = (
-    "it slows small models on a CPU without AMX, so this runs in 32-true; to keep it, put "
-    "Lightning's MixedPrecision in trainer.plugins"
+    "this CPU emulates bf16 (it has neither AMX nor AVX512-BF16), so this runs in 32-true; to keep "
+    "it, put Lightning's MixedPrecision in trainer.plugins"
 )
 
 
@@ -121,7 +121,7 @@ class SandboxCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Read checkpoints without code, unless configured; replace a mixed precision that slows.
 
-        On a CPU without AMX, ``bf16-mixed`` becomes ``32-true``. A precision plugin in
+        On a CPU that emulates bf16, ``bf16-mixed`` becomes ``32-true``. A precision plugin in
         ``trainer.plugins`` stays, as does ``bf16-true``, and a Trainer made in Python is not asked.
         """
         config = self.config[self.subcommand]

@@ -190,6 +190,9 @@ def test_ask_passes_images_question_and_sampling(
     shown: list[str] = []
 
     class Model:
+        def to(self, *_: Any) -> "Model":
+            return self
+
         def stream(self, prompts: list[Any], **sampling: Any) -> Iterator[tuple[int, str]]:
             seen.update(sampling, content=prompts[0].turns[0].content)
             for piece in (" ", "b", "lue ", "\n", "or not", " \n"):

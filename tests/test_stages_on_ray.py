@@ -190,7 +190,7 @@ def test_an_address_where_nothing_listens_is_an_error_at_once(
     ("flags", "says"),
     [
         (["--launcher", "ray"], "Ray is not installed; `uv sync --extra ray` or `pip install"),
-        (["--gpus-per-run", "0.5"], "--gpus-per-run: only with --launcher ray"),
+        (["--gpus-per-run", "0.5"], "--gpus-per-run 0.5: torch sees 0 GPUs on this machine"),
     ],
 )
 def test_what_is_missing_is_told_before_anything_starts(
