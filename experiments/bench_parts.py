@@ -61,6 +61,36 @@ def attention(bench: Bench) -> Iterator[Row | Skip]:
             "attention", what, samples, "SDPA, dense mask", peer, "s/token", goal=goal, length=T
         )
 
+    yield branched(bench)
+
+
+def branched(bench: Bench) -> Row:
+    """Local attention of a row with eight branches, against a plain row of as many tokens."""
+    config = shape(bench, chunk=bench.pick(512, 16))
+    T, branches, length = bench.pick((8192, 8, 64), (128, 4, 8))
+    trunk = T - branches * length
+    after = torch.arange(length) + trunk
+    rows = {
+        "positions": torch.cat((torch.arange(trunk), after.repeat(branches)))[None],
+        "branches": torch.cat(
+            (
+                torch.zeros(trunk, dtype=torch.int64),
+                torch.arange(branches).repeat_interleave(length) + 1,
+            )
+        )[None],
+    }
+    rows = {name: row.to(bench.device) for name, row in rows.items()}
+    qkv = random_heads(bench, config, T)
+    plain = there_and_back(folded_attention(config, bench.device, T), *qkv)
+    ours = there_and_back(folded_attention(config, bench.device, T, **rows), *qkv)
+    samples, peer = bench.interleave(
+        per_token(bench, ours, T), per_token(bench, plain, T), warmup=1
+    )
+    what = f"{T:,} tokens of which {branches} branches, chunk {config.chunk}"
+    return Row(
+        "attention", what, samples, "ours, a plain row", peer, "s/token", goal=0.67, length=T
+    )
+
 
 def per_token(bench: Bench, call: Callable[[], object], T: int) -> Sampler:
     """A sampler of the call's seconds per token."""
@@ -79,12 +109,12 @@ def random_heads(
 
 
 def folded_attention(
-    config: BackboneConfig, device: torch.device, T: int
+    config: BackboneConfig, device: torch.device, T: int, **coordinates: Tensor
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Our local attention of a plain row of T tokens."""
+    """Our local attention of a row of T tokens, plain unless it has coordinates ``[1, T]``."""
     frequency = rope.frequencies(config.head_dim, config.rope_theta).to(device)
-    positions = torch.arange(T, device=device)[None]
-    view = Visibility(config, frequency, positions, plain=True)
+    positions = coordinates.pop("positions", torch.arange(T, device=device)[None])
+    view = Visibility(config, frequency, positions, **coordinates, plain=not coordinates)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return backends.of(q).attend(q[0], k[0], v[0], view, local=True)[None]

@@ -136,7 +136,7 @@ def test_the_command_line_replaces_a_precision_that_slows(
     monkeypatch.setattr("sandbox.lightning_cli.slow_bf16_mixed", lambda: True)
     call("fit", "--config", "tiny.yaml", "--out", "slow", "--trainer.precision=bf16-mixed")
     said = [line for line in capsys.readouterr().err.splitlines() if "AMX" in line]
-    assert len(said) == 1 and said[0].startswith("precision bf16-mixed: it slows small models")
+    assert len(said) == 1 and said[0].startswith("precision bf16-mixed: this CPU emulates bf16")
     assert yaml.safe_load(Path("slow/config.yaml").read_text())["trainer"]["precision"] == "32-true"
     monkeypatch.setattr("sandbox.lightning_cli.slow_bf16_mixed", lambda: False)
     call("fit", "--config", "tiny.yaml", "--out", "quick", "--trainer.precision=bf16-mixed")
