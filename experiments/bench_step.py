@@ -115,7 +115,8 @@ def described(results: list[dict[str, Any]], masks: dict[str, int]) -> str:
     )
     return (
         f"{parts} ms; largest mask {masks['largest'] / 1e3:.0f} kB, "
-        f"saved for backward {masks['saved'] / 1e3:.0f} kB"
+        f"saved for backward {masks['saved'] / 1e3:.0f} kB, "
+        f"of segments {masks['segments'] / 1e3:.0f} kB"
     )
 
 

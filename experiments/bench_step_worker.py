@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ class Side:
             self.objective.model.load_state_dict(torch.load(weights, weights_only=True))
         else:
             torch.save(self.objective.model.state_dict(), weights)
+        if compile:
+            from sandbox.train.objective import compile_parts  # older code cannot
+
+            compile_parts(self.objective.model)
         self.optimizer, self.schedule = build_optimizer(
             self.objective, self.objective.optimizer, trainer["max_steps"]
         )
@@ -71,8 +76,9 @@ class Side:
         return {"root": str(ROOT), "labels": labels}
 
     def masks(self) -> dict[str, int]:
-        """Bytes of the largest mask built in a step, and of masks saved for the backward pass."""
+        """Bytes of masks in a step: the largest, all that the backward pass keeps, and segments'."""
         batch = collate(self.encoded[0])
+        of_segments = 0
         spy, saved = Masks(batch.tokens.shape[1]), dict[int, int]()
 
         def keep(tensor: Tensor) -> Tensor:
@@ -81,9 +87,29 @@ class Side:
                 saved[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        with spy, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with torch.compiler.set_stance("force_eager"), spy, hooks:
             self.objective.loss(batch)
-        return {"largest": spy.largest, "saved": sum(saved.values())}
+        if find_spec("sandbox.backbone.backends"):
+            from sandbox.backbone.backends import cpu
+
+            plans: dict[int, Any] = {}
+            found = cpu.plan_of
+
+            def noted(*arguments: Any) -> Any:
+                plan = found(*arguments)
+                plans[id(plan)] = plan
+                return plan
+
+            cpu.plan_of = noted  # type: ignore[assignment]
+            try:
+                with torch.compiler.set_stance("force_eager"):
+                    self.objective.loss(batch)
+            finally:
+                cpu.plan_of = found
+            of_segments = sum(plan.mask_bytes for plan in plans.values())
+        saved_bytes = sum(saved.values())
+        return {"largest": spy.largest, "saved": saved_bytes, "segments": of_segments}
 
     def steps(self) -> dict[str, Any]:
         """CPU seconds a step, by part, over all batches; and the losses.

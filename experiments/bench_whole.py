@@ -146,7 +146,7 @@ def decode(bench: Bench) -> Iterator[Row | Skip]:
     prompt, steps = bench.pick((256, 64), (12, 6))
     capacity = prompt + steps
     ours, theirs = twins(config, bench.device)
-    for B, goal in bench.pick(((1, 8.0), (32, 4.0)), ((1, 8.0), (3, 4.0))):
+    for B, goal in bench.pick(((1, 7.0), (32, 2.4)), ((1, 7.0), (3, 2.4))):
         tokens = random_tokens(bench, config, B, prompt)
         what = f"batch {B}, {steps} steps after {prompt} tokens"
         sides = (

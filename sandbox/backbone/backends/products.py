@@ -96,9 +96,10 @@ def tokens_multiple() -> int:
 
 
 def visits_multiple(dtype: torch.dtype, visits: int, experts: int) -> int:
-    """The same for the visits of an expert: 1 where padding would add much to them."""
+    """The same for the visits of an expert: less where padding would add much to them."""
     compiled = ONEDNN if dtype == torch.float32 else dtype == torch.bfloat16
-    return ROWS if compiled and visits >= 2 * ROWS * experts else 1
+    fitting = (rows for rows in (ROWS, SHAPES) if compiled and visits >= 2 * rows * experts)
+    return next(fitting, 1)
 
 
 @torch.compiler.disable
