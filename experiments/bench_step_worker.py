@@ -76,7 +76,7 @@ class Side:
         return {"root": str(ROOT), "labels": labels}
 
     def masks(self) -> dict[str, int]:
-        """Bytes of masks in a step: the largest, all that the backward pass keeps, and segments'."""
+        """Bytes of masks: the largest of a step, all that backward keeps, and those of segments."""
         batch = collate(self.encoded[0])
         of_segments = 0
         spy, saved = Masks(batch.tokens.shape[1]), dict[int, int]()

@@ -182,7 +182,7 @@ class KVCache:
             torch.cat((past[layer][:, :held].flatten(0, 1), new.type_as(past[layer])))
             for past, new in ((self.keys, k), (self.values, v))
         )
-        return backends.of(q).attend_behind(q, k, v, view, self.lengths, chunk=chunk)
+        return backends.of(q).attend_cached(q, k, v, view, self.lengths, chunk=chunk)
 
     def _write(self, layer: int, k: Tensor, v: Tensor, view: Visibility) -> None:
         """Store new keys and values ``[M, G, K]``; a local layer keeps the open chunk alone."""

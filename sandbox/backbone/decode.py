@@ -5,7 +5,7 @@ With few rows a step waits for its weights and for the dispatch of operations, n
 
 - query, key and value are one matrix; shared gate, up and router another;
 - matrices lie ``[in, out]``, which ``product`` streams from memory at full speed;
-- the weight of a norm is folded into the matrix behind it, so that a norm is a division:
+- the weight of a norm is folded into the matrix after it, so that a norm is a division:
   ``norm(x) @ W.T = x / size @ (sqrt(D) * weight * W).T``, ``size = hypot(|x|, sqrt(D * eps))``.
 
 What is prepared is a copy of every matrix but the embedding and the routed experts; those lie
@@ -88,7 +88,7 @@ class Decoder:
         self.embed = backbone.embed
         self.frequency = backbone.frequency
         self.layers = [_Layer(block) for block in backbone.layers if isinstance(block, Block)]
-        self.head = _behind(backbone.norm, backbone.head.weight)
+        self.head = _after_norm(backbone.norm, backbone.head.weight)
         self.floor = torch.tensor((config.width * config.norm_eps) ** 0.5)
         self.head_floor = torch.tensor((config.head_dim * config.norm_eps) ** 0.5)
 
@@ -144,7 +144,7 @@ class Decoder:
         return q, k, v
 
     def _feed_forward(self, layer: "_Layer", x: Tensor) -> Tensor:
-        """The residual stream ``[B, D]`` behind a layer's feed-forward."""
+        """The residual stream ``[B, D]`` after a layer's feed-forward."""
         normed = self._normed(x)
         y = product(normed, layer.first)
         if layer.moe is None:
@@ -172,7 +172,7 @@ class _Layer:
         attention, ffn = block.attention, block.ffn
         self.rope = attention.rope
         qkv = (attention.query.weight, attention.key.weight, attention.value.weight)
-        self.qkv = _behind(block.attention_norm, *qkv)
+        self.qkv = _after_norm(block.attention_norm, *qkv)
         self.output = attention.output.weight.t().contiguous()
         self.moe = ffn if isinstance(ffn, MoE) else None
         dense = ffn.shared if isinstance(ffn, MoE) else ffn
@@ -181,11 +181,11 @@ class _Layer:
         if isinstance(ffn, MoE):
             first.append(ffn.router.weight)
             self.norm = block.ffn_norm.weight * block.ffn_norm.weight.numel() ** 0.5
-        self.first = _behind(block.ffn_norm, *first)
+        self.first = _after_norm(block.ffn_norm, *first)
         self.down = torch.empty(0) if dense is None else dense.down.weight.t().contiguous()
 
 
-def _behind(norm: nn.RMSNorm, *matrices: Tensor) -> Tensor:
+def _after_norm(norm: nn.RMSNorm, *matrices: Tensor) -> Tensor:
     """Matrices ``[out, D]`` as one, ``[D, outs]``, with the weight of the norm before them."""
     scale = norm.weight * norm.weight.numel() ** 0.5
     return (torch.cat(matrices) * scale).t().contiguous()

@@ -79,7 +79,9 @@ def visible(query: Coordinates, key: Coordinates, chunk: int | None) -> Tensor:
     return sees(queries, Coordinates(*(x.unsqueeze(-2) for x in key)), chunk)
 
 
-def behind_rows(new: Coordinates, lengths: Tensor, slots: int, chunk: int | None) -> Coordinates:
+def cached_coordinates(
+    new: Coordinates, lengths: Tensor, slots: int, chunk: int | None
+) -> Coordinates:
     """Coordinates of keys that a cache holds, ``slots`` a row, followed by those of new tokens.
 
     A row holds its ``lengths [B]`` earlier tokens in the slots of their positions or, with chunks,

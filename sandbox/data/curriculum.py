@@ -103,8 +103,8 @@ def _changed(task: Task, field: str, value: Any, whole: str) -> Task:
         key, _, inner = inner.partition(".")
         if not isinstance(given[name].get(key), Task) or not inner:
             raise UserError(
-                f"curriculum.field: {whole}: write one of {', '.join(given[name])} behind "
-                f"'{name}', and behind it an argument"
+                f"curriculum.field: {whole}: write one of {', '.join(given[name])} after "
+                f"'{name}', and after it an argument"
             )
         given[name] = given[name] | {key: _changed(given[name][key], inner, value, whole)}
     elif isinstance(given[name], Task):

@@ -54,7 +54,7 @@ class Backend(Protocol):
         ``chosen``, int64 ``[Mq]``, are the tokens that the queries stand for; None means all.
         """
 
-    def attend_behind(
+    def attend_cached(
         self,
         q: Tensor,
         k: Tensor,
@@ -67,7 +67,7 @@ class Backend(Protocol):
         """Attention of new tokens ``[M, H, K]`` over held keys and their own, ``[N + M, G, K]``.
 
         Held keys come first, N / B slots for each of B rows of which ``lengths``, int64 ``[B]``,
-        tokens are known; see ``visibility.behind_rows``.
+        tokens are known; see ``visibility.cached_coordinates``.
         """
 
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

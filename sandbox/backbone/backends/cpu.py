@@ -18,15 +18,15 @@ from sandbox.backbone.backends.products import (
     visits_multiple,
 )
 from sandbox.backbone.backends.segment_attention import SegmentAttention
-from sandbox.backbone.backends.segments import Plan, behind, flat_of, plan, segments
-from sandbox.backbone.visibility import Coordinates, Visibility, behind_rows, visible
+from sandbox.backbone.backends.segments import Plan, continued, flat_of, plan, segments
+from sandbox.backbone.visibility import Coordinates, Visibility, cached_coordinates, visible
 
 LOGITS = 1 << 23  # numbers that a chunk of logits may hold: 32 MB
 
 __all__ = [
     "LOGITS",
     "attend",
-    "attend_behind",
+    "attend_cached",
     "grouped_mm",
     "linear",
     "rms_norm",
@@ -56,19 +56,19 @@ def attend(
 
 
 @torch.compiler.disable
-def attend_behind(
+def attend_cached(
     q: Tensor, k: Tensor, v: Tensor, view: Visibility, lengths: Tensor, *, chunk: int | None
 ) -> Tensor:
-    """See ``Backend.attend_behind``."""
+    """See ``Backend.attend_cached``."""
     tokens, held = flat_of(view), len(k) - len(q)
     slots = held // len(lengths)
-    key = ("behind", chunk, slots)
+    key = ("cached", chunk, slots)
     if key not in view.plans:
-        found = behind(tokens, lengths.numpy(), slots, chunk)
+        found = continued(tokens, lengths.numpy(), slots, chunk)
         view.plans[key] = found and plan(found, tokens, q.shape[1], k.shape[1], held=held)
     made = view.plans[key]
     assert made is None or isinstance(made, Plan)
-    keys = behind_rows(view.coordinates, lengths, slots, chunk)
+    keys = cached_coordinates(view.coordinates, lengths, slots, chunk)
     how = partial(_planned, found=made, queries=view.coordinates, keys=keys, chunk=chunk)
     return _in_fp32(how, q, k, v)
 
@@ -106,7 +106,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, view: Visibility, chunk: int | None)
     B, T = view.shape
     rows = [x.unflatten(0, (B, T)) for x in (q, k, v)]
     if chunk is not None and chunk < T:
-        # Padding falls behind every true token of the last chunk, where causality hides it.
+        # Padding comes after every true token of the last chunk, where causality hides it.
         end = (0, 0, 0, 0, 0, -T % chunk)
         rows = [F.pad(x, end).reshape(-1, chunk, *x.shape[2:]) for x in rows]
     mixed = causal_attention(*rows)

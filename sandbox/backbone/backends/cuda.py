@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from sandbox.backbone.visibility import Coordinates, Visibility, behind_rows, sees, visible
+from sandbox.backbone.visibility import Coordinates, Visibility, cached_coordinates, sees, visible
 
 LOGITS = 1 << 27  # numbers that a chunk of logits may hold: 512 MB
 SMALLEST_HEAD = 16  # features of a head that FlexAttention takes
@@ -27,12 +27,12 @@ def attend(
     return _attend_by_rule(q, k, v, view, queries, keys, chunk, chosen is None)
 
 
-def attend_behind(
+def attend_cached(
     q: Tensor, k: Tensor, v: Tensor, view: Visibility, lengths: Tensor, *, chunk: int | None
 ) -> Tensor:
-    """See ``Backend.attend_behind``."""
+    """See ``Backend.attend_cached``."""
     slots = (len(k) - len(q)) // len(lengths)
-    keys = behind_rows(view.coordinates, lengths, slots, chunk)
+    keys = cached_coordinates(view.coordinates, lengths, slots, chunk)
     return _attend_by_rule(q, k, v, view, view.coordinates, keys, chunk, slots)
 
 

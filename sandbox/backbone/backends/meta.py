@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sandbox.backbone.backends.cuda import LOGITS as LOGITS
-from sandbox.backbone.backends.cuda import attend_behind as attend_behind
+from sandbox.backbone.backends.cuda import attend_cached as attend_cached
 from sandbox.backbone.backends.cuda import grouped_mm as grouped_mm
 from sandbox.backbone.backends.cuda import linear as linear
 from sandbox.backbone.backends.cuda import rms_norm as rms_norm

@@ -120,7 +120,7 @@ def segments(tokens: Flat, chunk: int | None) -> Segments | None:
     return _without_long_masks(found, blocks) if blocks.any() else found
 
 
-def behind(tokens: Flat, lengths: np.ndarray, slots: int, chunk: int | None) -> Segments | None:
+def continued(tokens: Flat, lengths: np.ndarray, slots: int, chunk: int | None) -> Segments | None:
     """Segments of tokens that continue rows whose keys are held already.
 
     Keys are numbered row by row, ``slots`` a row, those of the tokens after them. A row holds all
@@ -227,7 +227,7 @@ def plan(
     """Group segments and lay out their indices.
 
     Args:
-        found: what ``segments`` or ``behind`` gave.
+        found: what ``segments`` or ``continued`` gave.
         tokens: the coordinates of the ``M - held`` tokens.
         heads: H.
         kv_heads: G.
