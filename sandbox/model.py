@@ -176,6 +176,9 @@ class VisionLanguageModel(nn.Module):
         fused = self.fuse(batch, features)
         plain = batch.documents is None and batch.branches is None
         places = batch.places
+        real = places.real
+        if real is None and batch.documents is not None:  # all are: the decoder need not ask
+            real = torch.arange(batch.tokens.numel(), device=batch.tokens.device)
         few = labelled_only and 2 * len(places.labelled) <= places.tokens
         decoded = self.backbone(
             embeds=fused.embeds,
@@ -183,7 +186,7 @@ class VisionLanguageModel(nn.Module):
             documents=batch.documents,
             branches=batch.branches,
             blocks=fused.blocks,
-            real=places.real,
+            real=real,
             outputs=places.labelled if few else None,
             adapters=fused.adapters,
             context=fused.context,

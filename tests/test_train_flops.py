@@ -187,7 +187,7 @@ def test_shapes_alone_count_what_running_counts(
     The decoder's attention, whose kernels pad, is that of the shapes in both.
     """
     torch.manual_seed(0)
-    for name in ("attend", "linear", "grouped_mm", "tokens_multiple", "visits_multiple"):
+    for name in ("attend", "linear", "grouped_mm", "tokens_multiple", "visits_of"):
         monkeypatch.setattr(cpu, name, getattr(meta, name))
     model, batch = charts(fusion, **options)
     with sdpa_kernel(SDPBackend.MATH), flop_counter() as counter:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,45 +81,6 @@ class Routing:
         if weights is not None:
             visits = visits * weights[:, None]
         return visits.new_zeros(E).index_add(0, self.experts.flatten(), visits.flatten())
-
-
-class Visits(NamedTuple):
-    """How the visits of M tokens to their k experts are laid out, expert by expert.
-
-    Attributes:
-        order: int64 ``[R]``, the visit ``m * k + i`` at each row; anything on blank rows.
-        rows: int64 ``[M * k]``, the row of each visit.
-        ends: int32 ``[E]``, where each expert's rows end.
-        blank: int64, rows without a visit; None if there are none.
-    """
-
-    order: Tensor
-    rows: Tensor
-    ends: Tensor
-    blank: Tensor | None
-
-    @classmethod
-    @torch.compiler.disable
-    def of(cls, chosen: Tensor, experts: int, multiple: int) -> "Visits":
-        """Sort visits of ``chosen [M, k]``; each expert has a multiple of so many rows."""
-        ids, order = chosen.flatten().sort(stable=True)
-        every = torch.arange(experts, device=ids.device)
-        ends = torch.searchsorted(ids, every, right=True)
-        rows = torch.empty_like(order)
-        number = torch.arange(len(ids), device=ids.device)
-        if multiple == 1:
-            rows[order] = number
-            return cls(order, rows, ends.to(torch.int32), None)
-        starts = torch.cat((ends.new_zeros(1), ends[:-1]))
-        room = (ends - starts + multiple - 1) // multiple * multiple
-        wide = room.cumsum(0)
-        number = number + (wide - room - starts)[ids]
-        rows[order] = number
-        filled = torch.zeros(int(wide[-1]), dtype=torch.bool)
-        filled[number] = True
-        padded = order.new_zeros(len(filled))
-        padded[number] = order
-        return cls(padded, rows, wide.to(torch.int32), (~filled).nonzero().squeeze(1))
 
 
 class _Gather(torch.autograd.Function):
@@ -202,9 +163,8 @@ class MoE(nn.Module):
     def _grouped(self, x: Tensor, chosen: Tensor, gate: Tensor) -> Tensor:
         """Sort visits by expert, one grouped matmul for all, and back: ``[M, D]``."""
         (M, D), k = x.shape, self.config.top_k
-        E = self.config.experts
-        multiple = backends.of(x).visits_multiple(x.dtype, M * k, E)
-        order, rows, ends, blank = Visits.of(chosen, E, multiple)
+        visits_of = backends.of(x).visits_of
+        order, rows, ends, blank = visits_of(chosen, self.config.experts, x.dtype)
         visits = x if k == 1 else x.repeat_interleave(k, dim=0)
         scale = gate.reshape(M * k, 1).to(x.dtype)
         on_input = self.config.router_placement == "input"

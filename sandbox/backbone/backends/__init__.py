@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from sandbox.backbone.backends import cpu
+from sandbox.backbone.backends.visits import Visits
 from sandbox.backbone.visibility import Visibility
 
 
@@ -85,8 +86,8 @@ class Backend(Protocol):
     def tokens_multiple(self) -> int:
         """The number that real tokens are padded to a multiple of; 1 for no padding."""
 
-    def visits_multiple(self, dtype: torch.dtype, visits: int, experts: int) -> int:
-        """The number that each expert's rows are padded to a multiple of; 1 for no padding."""
+    def visits_of(self, chosen: Tensor, experts: int, dtype: torch.dtype) -> Visits:
+        """How the visits of tokens to ``chosen [M, k]`` are laid out for products in ``dtype``."""
 
     def scaled(self, gradients: Sequence[Tensor | None], factor: Tensor) -> list[Tensor | None]:
         """The gradients times a scalar."""

@@ -15,7 +15,7 @@ from sandbox.backbone.backends.products import (
     grouped_mm,
     linear,
     tokens_multiple,
-    visits_multiple,
+    visits_of,
 )
 from sandbox.backbone.backends.segment_attention import SegmentAttention
 from sandbox.backbone.backends.segments import Plan, continued, flat_of, plan, segments
@@ -33,7 +33,7 @@ __all__ = [
     "scaled",
     "swiglu",
     "tokens_multiple",
-    "visits_multiple",
+    "visits_of",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -9,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from sandbox.backbone.backends.visits import Visits, sorted_visits
 from sandbox.backbone.visibility import Coordinates, Visibility, cached_coordinates, sees, visible
 
 LOGITS = 1 << 27  # numbers that a chunk of logits may hold: 512 MB
+TRITON = find_spec("triton") is not None  # compiles FlexAttention
 SMALLEST_HEAD = 16  # features of a head that FlexAttention takes
 
 
@@ -48,7 +51,7 @@ def _attend_by_rule(
 ) -> Tensor:
     """Attention of one long row of all tokens; layers of a ``kind`` and chunk share the mask."""
     key = (kind, chunk)
-    if q.device.type == "cuda" and q.shape[-1] >= SMALLEST_HEAD:
+    if q.device.type == "cuda" and q.shape[-1] >= SMALLEST_HEAD and TRITON:
         if key not in view.plans:
             sizes = len(q), len(k)
             view.plans[key] = _compiled(create_block_mask)(
@@ -140,6 +143,6 @@ def tokens_multiple() -> int:
     return 1
 
 
-def visits_multiple(dtype: torch.dtype, visits: int, experts: int) -> int:
-    """See ``Backend.visits_multiple``: group sizes need no alignment in bf16 and fp32."""
-    return 1
+def visits_of(chosen: Tensor, experts: int, dtype: torch.dtype) -> Visits:
+    """See ``Backend.visits_of``: group sizes need no alignment in bf16 and fp32."""
+    return sorted_visits(chosen, experts)

@@ -16,7 +16,7 @@ from sandbox.backbone.backends.cuda import rms_norm as rms_norm
 from sandbox.backbone.backends.cuda import scaled as scaled
 from sandbox.backbone.backends.cuda import swiglu as swiglu
 from sandbox.backbone.backends.cuda import tokens_multiple as tokens_multiple
-from sandbox.backbone.backends.cuda import visits_multiple as visits_multiple
+from sandbox.backbone.backends.cuda import visits_of as visits_of
 from sandbox.backbone.backends.segments import flat_of, segments
 from sandbox.backbone.visibility import Visibility
 

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sandbox.backbone.backends.visits import Visits, padded_visits, sorted_visits
+
 ROWS = 64  # tokens and visits are padded to a multiple of this
 SHAPES = 16  # oneDNN multiplies only numbers of rows that are multiples of this
 SMALLEST = 1 << 20  # multiply-adds from which oneDNN's cost per call is repaid
@@ -95,8 +97,19 @@ def tokens_multiple() -> int:
     return ROWS if ONEDNN else 1
 
 
+@torch.compiler.disable
+def visits_of(chosen: Tensor, experts: int, dtype: torch.dtype) -> Visits:
+    """See ``Backend.visits_of``."""
+    multiple = visits_multiple(dtype, chosen.numel(), experts)
+    return (
+        sorted_visits(chosen, experts)
+        if multiple == 1
+        else padded_visits(chosen, experts, multiple)
+    )
+
+
 def visits_multiple(dtype: torch.dtype, visits: int, experts: int) -> int:
-    """The same for the visits of an expert: less where padding would add much to them."""
+    """The number that an expert's rows are padded to a multiple of; 1 where that would add much."""
     compiled = ONEDNN if dtype == torch.float32 else dtype == torch.bfloat16
     fitting = (rows for rows in (ROWS, SHAPES) if compiled and visits >= 2 * rows * experts)
     return next(fitting, 1)
