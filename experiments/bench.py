@@ -29,6 +29,7 @@ from rich.console import Console
 
 from experiments.bench_chart import draw
 from experiments.bench_gpu import gpu
+from experiments.bench_groups import groups
 from experiments.bench_loss import loss
 from experiments.bench_measure import Bench, Row, Skip
 from experiments.bench_media import media
@@ -50,6 +51,7 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[Row | Skip]]] = {
         floor,
         prefill,
         decode,
+        groups,
         attention,
         moe,
         loss,
