@@ -10,7 +10,7 @@ close could turn a token.
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -92,12 +92,11 @@ class Sampling:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode and not compiled; the model's mode is restored, whatever happens."""
+    """In eval mode; the model's mode is restored, whatever happens."""
     training = model.training
     model.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):  # single tokens are compiled anew each
-            yield
+        yield
     finally:
         model.train(training)
 
@@ -210,6 +209,11 @@ def _check(replies: int) -> None:
         raise UserError(f"sampling: replies must be at least 1, got {replies}")
 
 
+def _eager(call: Any) -> Any:
+    """A call without ``torch.compile``, for which prompts and single tokens are new shapes."""
+    return torch.compiler.set_stance("force_eager")(call)
+
+
 def _grouped(rows: list[Item], replies: int) -> list[list[Item]]:
     return [rows[first : first + replies] for first in range(0, len(rows), replies)]
 
@@ -260,7 +264,8 @@ def _tokens(
     """What ``_decode`` gives for the prompts."""
     examples = [model.prompts.encode(prompt, reply=True) for prompt in prompts]
     batch = collate(examples, name="prompts").to(model.backbone.embed.weight.device)
-    return _decode(model.backbone, model.fuse(batch), batch.documents, sampling, replies, done)
+    fused = _eager(model.fuse)(batch)
+    return _decode(model.backbone, fused, batch.documents, sampling, replies, done)
 
 
 def _decode(
@@ -283,14 +288,9 @@ def _decode(
     # The last token is never read.
     cache = KVCache(backbone.config, B, T + sampling.max_tokens - 1, like=prompt.embeds)
     adapters, context = prompt.adapters, prompt.context
-    hidden = backbone(
-        embeds=prompt.embeds,
-        documents=documents,
-        blocks=prompt.blocks,
-        cache=cache,
-        adapters=adapters,
-        context=context,
-    ).hidden
+    seen = {"documents": documents, "blocks": prompt.blocks}
+    more = {"cache": cache, "adapters": adapters, "context": context}
+    hidden = _eager(backbone.__call__)(embeds=prompt.embeds, **seen, **more).hidden
     last = cache.lengths - 1
     logits = backbone.unembed(hidden[torch.arange(B, device=device), last])
     if context is not None:

@@ -161,9 +161,9 @@ class VisionLanguageModel(nn.Module):
             batch: what a task or prompts gave.
             tokens: instead of a batch, int64 ``[B, T]`` of text alone; the loss is then 0.
             features: of the batch's tiles, for callers that have them already.
-            labelled_only: compute the last layer where there are labels, and nowhere else. Loss and
-                gradients are the same, but for that layer's router, which then routes, and is
-                balanced over, labelled tokens alone.
+            labelled_only: compute the last layer at labelled tokens only, where they are at most
+                half of all. Loss and gradients are the same, but for that layer's router, which
+                then routes, and is balanced over, labelled tokens alone.
 
         Raises:
             ValueError: both or neither are given.
@@ -222,7 +222,7 @@ class VisionLanguageModel(nn.Module):
         losses: dict[str, list[Tensor]] = {}
         loads = [layer.load() for layer in routing] if balance else []
         shares = [1.0] * len(routing)
-        real = not routing[0].logits.is_meta  # else steps are counted, and nobody is there to meet
+        real = not routing[0].logits.is_meta  # on meta, one process counts a step
         if real and torch.is_grad_enabled() and (processes := _processes()) > 1:
             one = routing[0].logits.new_ones((), dtype=torch.float32)
             tokens = torch.stack([one * len(layer.logits) for layer in routing])

@@ -1,7 +1,7 @@
 """Small models and one batch for each kind of row, and what the visibility rule makes of them.
 
 The reference (``dense_loss``) is the decoder written out in fp64, its attention under the dense
-mask of ``attention.visible``: no backend, no fold and no fast path of the code under test.
+mask of ``visibility.visible``: no backend and no fast path of the code under test.
 """
 
 import math

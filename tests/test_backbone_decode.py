@@ -230,3 +230,14 @@ def test_products_of_few_rows_are_products(rows: int, outputs: int) -> None:
     torch.testing.assert_close(product(x, weights[1]), x @ weights[1], atol=1e-4, rtol=0)
     expected = torch.einsum("mi,mio->mo", x, weights[ids])
     torch.testing.assert_close(bags(x, weights, ids), expected, atol=1e-4, rtol=0)
+
+
+def test_hooks_on_layers_see_every_token() -> None:
+    """Guards against a probe that sees the prompt and none of the reply."""
+    backbone = Backbone(BackboneConfig(vocab_size=50)).eval()
+    with torch.inference_mode():
+        assert suits(backbone)
+        handle = backbone.layers[1].attention.register_forward_hook(lambda *_: None)
+        assert not suits(backbone)
+        handle.remove()
+        assert suits(backbone)

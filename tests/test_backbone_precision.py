@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -119,7 +120,19 @@ def test_the_table_is_true(precision: str, monkeypatch: pytest.MonkeyPatch) -> N
         hidden = model(tokens, documents=documents).hidden.flatten(0, 1)
         with spied:
             loss, _ = chunked_cross_entropy(hidden, model.head.weight, tokens.flatten())
-        note("KV cache", KVCache(model.config, 1, 4, like=model.embed.weight).keys[0])
+        cache = KVCache(model.config, 1, 4, like=model.embed.weight)
+        note("KV cache", cache.keys[0])
+        with torch.no_grad():
+            model(tokens[:1, :3], cache=cache)
+            sdpa = F.scaled_dot_product_attention
+            with monkeypatch.context() as patched:
+
+                def attended(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+                    note("attention in decoding", q, k, v)
+                    return sdpa(q, k, v, **options)
+
+                patched.setattr(F, "scaled_dot_product_attention", attended)
+                model(tokens[:1, 3:4], cache=cache)
     hook.remove()
     sums = loss.grad_fn.saved_tensors[1]  # type: ignore[union-attr]
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -1,5 +1,7 @@
 """Examples to batches: padding, packing, numbering of answers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image as PILImage
@@ -188,3 +190,16 @@ def test_tiles_out_of_order_are_noticed(rows: list[int], starts: list[int]) -> N
     assert not Batch.of(
         tokens, tile_rows=torch.tensor(rows), tile_starts=torch.tensor(starts)
     ).ordered
+
+
+def test_a_changed_batch_finds_its_places_anew() -> None:
+    """Guards against a loss over the places of the labels that a batch had before."""
+    batch = collate(
+        [encoder().encode_sample(sample("7")), encoder().encode_sample(sample("7", "9"))]
+    )
+    none = replace(batch, labels=torch.full_like(batch.labels, IGNORE))
+    assert len(none.places.labelled) == 0
+    assert len(batch.places.labelled) > 0
+    wrong = torch.where(batch.labels == IGNORE, 1, batch.labels)
+    with pytest.raises(ValueError, match="labels stand on padding"):
+        assert replace(batch, labels=wrong).places

@@ -482,3 +482,16 @@ def test_two_processes_move_on_together(tmp_path: Path):
 
 if __name__ == "__main__":
     two(Path(sys.argv[1]))
+
+
+@pytest.mark.parametrize(
+    ("leave_out", "message"),
+    [
+        (("cuont",), "unknown curriculum.leave_out 'cuont': did you mean 'count'"),
+        (("value", "extremum", "count"), "names every question type"),
+    ],
+)
+def test_question_types_left_out_exist(leave_out: tuple[str, ...], message: str) -> None:
+    """Guards against a misspelt type that counts after all, and a curriculum that never moves."""
+    with pytest.raises(UserError, match=message):
+        VQAData(charts(), curriculum=curriculum(leave_out=leave_out))

@@ -7,6 +7,7 @@ of every query with every key forwards, and four backwards.
 
 import copy
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -194,6 +195,19 @@ def test_shapes_alone_count_what_running_counts(
         loss = model.train().loss(batch)
         torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     assert step_flops(model, batch) == counter.get_total_flops() > 0
+
+
+def test_images_in_both_directions_cost_what_causal_ones_do() -> None:
+    """Guards against a budget that gives one arm twice the steps: long rows of blocks are cut."""
+    encoder = MetaCLIP(tile_size=32, patch_size=8, width=32, layers=1, heads=2)
+    flops = []
+    for bidirectional in (False, True):
+        fusion = partial(EarlyFusion, shuffle=1, bidirectional=bidirectional)
+        model = Pretrain(encoder, fusion, BackboneConfig(**SHAPE, experts=0))
+        images = tuple(Charts(size=32).sample("train", n).images[0] for n in range(12))
+        shown = replace(Charts(size=32).sample("train", 0), images=images)
+        flops.append(step_flops(model, collate([model.model.prompts.encode_sample(shown)])))
+    assert flops[0] == flops[1]
 
 
 def test_a_large_model_is_counted_without_memory() -> None:

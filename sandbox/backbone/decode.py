@@ -42,12 +42,13 @@ def decoding(backbone: Backbone) -> Step:
 
 
 def suits(backbone: Backbone) -> bool:
-    """Whether ``Decoder`` serves this backbone: at inference, in fp32 on a CPU, small enough."""
+    """Whether ``Decoder`` serves this backbone: fp32 on a CPU, without gradients and hooks."""
     return (
         not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and all(w.device.type == "cpu" and w.dtype == torch.float32 for w in backbone.parameters())
         and copied_bytes(backbone) <= MOST_COPIED
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in backbone.layers.modules())
     )
 
 
@@ -70,7 +71,9 @@ class _Ordinary:
         adapters: Mapping[int, nn.Module] | None = None,
         context: Any = None,
     ) -> Tensor:
-        decoded = self.backbone(tokens[:, None], cache=cache, adapters=adapters, context=context)
+        more = {"cache": cache, "adapters": adapters, "context": context}
+        with torch.compiler.set_stance("force_eager"):  # a single token is another shape
+            decoded = self.backbone(tokens[:, None], **more)
         return self.backbone.unembed(decoded.hidden[:, 0])
 
 

@@ -27,7 +27,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def _forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, chunk: int) -> Any:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        # Before a gradient scaler multiplies it, it may be too small for fp16.
+        wide = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+        grad_hidden = torch.zeros_like(hidden, dtype=wide) if need_hidden else None
         grad_weight = torch.zeros_like(head, dtype=torch.float32) if need_weight else None
         total = hidden.new_zeros((), dtype=torch.float32)
         correct = torch.zeros_like(labels, dtype=torch.bool)

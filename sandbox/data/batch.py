@@ -84,7 +84,7 @@ class Batch:
         tile_starts: int64 ``[N]``, where in its row the image of each tile begins.
         kinds: the question type of each answer of the batch.
         name: where the batch comes from (split and sample numbers), for error messages.
-        found: ``places``, once they are known.
+        found: ``places``, once they are known. Whoever edits tensors in place sets it to None.
     """
 
     tokens: Tensor
@@ -99,7 +99,7 @@ class Batch:
     branches: Tensor | None = None
     kinds: tuple[str, ...] = ()
     name: str = ""
-    found: Places | None = field(default=None, repr=False)
+    found: Places | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def of(cls, tokens: Tensor, **parts: Any) -> "Batch":
@@ -130,6 +130,8 @@ class Batch:
             real = None
             if self.documents is not None:
                 real = (self.documents >= 0).flatten().nonzero().squeeze(1)
+                if bool(((self.labels != IGNORE) & (self.documents < 0)).any()):
+                    raise ValueError(f"{self.name or 'the batch'}: labels stand on padding")
             rows = self.tile_rows
             self.found = Places(
                 real=None if real is None or len(real) == B * T else real,
@@ -180,12 +182,18 @@ class Batch:
         missed.index_add_(0, spelled, (~correct.flatten()[labelled]).float())
         return missed[1:] == 0
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "Batch":
         """The same batch with every tensor on ``device``.
 
-        The copy of pinned memory does not wait, unless told to: Lightning leaves that to the batch.
+        ``non_blocking`` lets the host go on meanwhile. By default it does so for tensors in
+        page-locked memory: Lightning asks for it where it copies bare tensors, and not here.
         """
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+        def moved(tensor: Tensor) -> Tensor:
+            go_on = tensor.is_pinned() if non_blocking is None else non_blocking
+            return tensor.to(device, non_blocking=go_on)
+
+        return self._each(moved)
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, so that copies to a GPU can overlap."""
@@ -195,8 +203,9 @@ class Batch:
         def changed(value: Any) -> Any:
             return change(value) if isinstance(value, Tensor) else value
 
-        new = {f.name: changed(getattr(self, f.name)) for f in fields(self)}
-        return Batch(**new | {"found": Places(*map(changed, self.places))})
+        batch = Batch(**{f.name: changed(getattr(self, f.name)) for f in fields(self) if f.init})
+        batch.found = Places(*map(changed, self.places))
+        return batch
 
 
 def _in_order(rows: Tensor, starts: Tensor, B: int, T: int) -> bool:

@@ -12,6 +12,8 @@ from sandbox.data.generated import check_names, fingerprint
 from sandbox.data.task import Task
 from sandbox.errors import UserError
 
+SHOWN = 256  # training samples that are searched for their question types
+
 
 @dataclass(frozen=True)
 class Curriculum:
@@ -57,7 +59,8 @@ class Curriculum:
 
         Raises:
             UserError: no such field, a value that the task refuses, a last value that is not the
-                task's own, or values that give the train split different sizes.
+                task's own, values that give the train split different sizes, or a question type
+                to leave out that the first samples do not ask, or every one that they ask.
         """
         stages = [_changed(task, self.field, value, self.field) for value in self.values]
         if stages[-1].identity() != task.identity():
@@ -70,6 +73,15 @@ class Curriculum:
             raise UserError(
                 f"curriculum.values: must leave the size of the train split as it is, got {sizes}"
             )
+        if self.leave_out:
+            shown = range(SHOWN if sizes[0] is None else min(SHOWN, sizes[0]))
+            kinds = {q.kind for index in shown for q in task.questions_of("train", index)}
+            check_names("curriculum.leave_out", self.leave_out, sorted(kinds))
+            if kinds <= set(self.leave_out):
+                raise UserError(
+                    "curriculum.leave_out: names every question type, so that no accuracy is left "
+                    f"to move on by (types: {', '.join(sorted(kinds))})"
+                )
         return (*stages[:-1], task)
 
     def prefetch(self, workers: int) -> int | None:

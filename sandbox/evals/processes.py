@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that work together, and which of them this is; one alone unless told."""
+    """The processes that work together, and which of them this is; by default one alone."""
 
     rank: int = 0
     count: int = 1

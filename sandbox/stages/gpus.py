@@ -45,9 +45,11 @@ def places(gpus: Sequence[str], at_once: int, per_run: float | None = None) -> l
         At most ``at_once`` places, neighbours on different GPUs; none where there are no GPUs.
 
     Raises:
-        UserError: there are not so many, or the number is neither whole nor a share of one.
+        UserError: there are fewer, or the number is negative, or neither whole nor a share of one.
     """
     each = max(1, len(gpus) // at_once) if per_run is None else per_run
+    if each < 0:
+        raise UserError(f"--gpus-per-run {each:g}: must be 0 or more")
     if each > len(gpus) and per_run is not None:
         raise UserError(f"--gpus-per-run {each:g}: torch sees {len(gpus)} GPUs on this machine")
     if each > 1 and each != int(each):

@@ -72,10 +72,10 @@ class Launcher(Protocol):
     """Where runs are started."""
 
     def places(self, at_once: int) -> int:
-        """How many of so many runs have room side by side."""
+        """How many of the wanted runs have room side by side."""
 
     def threads(self, at_once: int) -> int:
-        """The threads of each of so many runs side by side."""
+        """The threads of each of this many runs side by side."""
 
     def start(self, order: Order, lock: int) -> Work:
         """Start a run. ``lock`` is a file descriptor that is to stay open as long as it runs."""
@@ -140,7 +140,7 @@ class Local:
     """
 
     def __init__(self, places: Sequence[str] = ()) -> None:
-        """Runs in so many places, each the value of ``CUDA_VISIBLE_DEVICES``; none: anywhere.
+        """Runs in these places, each the value of ``CUDA_VISIBLE_DEVICES``; none: anywhere.
 
         A place that is listed twice takes two runs. See ``sandbox.stages.gpus``.
         """
@@ -152,7 +152,7 @@ class Local:
         return min(at_once, self._places or at_once)
 
     def threads(self, at_once: int) -> int:
-        """The threads of each of so many processes."""
+        """The threads of each of this many processes."""
         return max(1, cores() // at_once)
 
     def start(self, order: Order, lock: int) -> Work:

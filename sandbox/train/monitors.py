@@ -23,6 +23,7 @@ from sandbox.data.batch import Batch
 from sandbox.data.module import VQAData
 from sandbox.data.prompt import Prompt
 from sandbox.data.task import Question
+from sandbox.errors import UserError
 from sandbox.train.flops import matmul_peak, step_flops
 from sandbox.train.objective import Objective
 
@@ -35,7 +36,8 @@ class RoutingMonitor(Callback):
     For each mixture layer: ``routing/load`` (share of a modality's visits that an expert gets),
     ``routing/entropy`` (mean, in nats, of the softmax of the logits) and ``routing/max_violation``
     (0 is even), by modality; for the load of all tokens, ``routing/max_violation/layer{i}``.
-    Padding does not count, and the last layer routes labelled tokens alone.
+    Padding does not count; where at most half of the tokens have labels, the last layer routes
+    these alone.
 
     Args:
         experts: log the load of every single expert, which is many curves in a large model.
@@ -150,7 +152,8 @@ class Throughput(Callback):
     ) -> None:
         """Count the FLOPs of the first batch, and the time since the last one."""
         if self._flops_per_token is None:
-            assert isinstance(pl_module, Objective)
+            if not isinstance(pl_module, Objective):
+                raise UserError("Throughput counts the FLOPs of an Objective's loss: leave it out")
             flops = step_flops(pl_module, batch.to("cpu", non_blocking=False))
             self._flops_per_token = flops / int(batch.real_tokens)
         now = time.perf_counter()

@@ -76,7 +76,8 @@ class NextToken(Objective):
         answered = answered.float()
         if self.trainer.world_size * self.trainer.accumulate_grad_batches > 1:
             return {"loss": self._weighted(batch, output, answered), "output": output}
-        self._log_training(output.loss, answered.mean(), output.parts, len(batch.tokens))
+        accuracy = answered.sum() / max(len(answered), 1)
+        self._log_training(output.loss, accuracy, output.parts, len(batch.tokens))
         return {"loss": output.loss, "output": output}
 
     def _weighted(self, batch: Batch, output: Output, answered: Tensor) -> Tensor:
@@ -117,7 +118,9 @@ class NextToken(Objective):
             return
         tokens = sums["tokens"].clamp(min=1)
         parts = {n.removeprefix("part/"): s / tokens for n, s in sums.items() if "part/" in n}
-        self._log_training(sums["loss"] / tokens, sums["right"] / sums["answers"], parts, 1)
+        self._log_training(
+            sums["loss"] / tokens, sums["right"] / sums["answers"].clamp(min=1), parts, 1
+        )
         copies = self.trainer.world_size * self.trainer.accumulate_grad_batches
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, copies / tokens)

@@ -13,6 +13,7 @@ router                 fp32       fp32              bf16
 gates, rotary turns    fp32       fp32              fp32
 RMS norms inside       fp32       fp32              fp32
 attention on a CPU     fp32       fp32              fp32
+attention in decoding  fp32       bf16              bf16
 attention on a GPU     fp32       bf16              bf16
 logits of the loss     fp32       bf16              bf16
 softmax of the loss    fp32       fp32              fp32

@@ -4,7 +4,7 @@ Coordinates of tokens are real there, and decide how many pairs of queries and k
 multiplies, whichever kernel a device has.
 """
 
-import torch
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,7 +24,9 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, view: Visibility, *, local: bool, chosen: Tensor | None = None
 ) -> Tensor:
     """Attention of a shape that multiplies as many pairs as the segments of the batch have."""
+    # Without blocks, whose runs are cut into pieces: the hidden half of their pairs counts, too.
     tokens = flat_of(view)
+    tokens = tokens._replace(blocks=np.zeros_like(tokens.blocks))
     found = segments(tokens, view.chunk if local else None)
     if found is None:
         pairs = len(q) * len(k)
@@ -32,9 +34,9 @@ def attend(
         keys = found.length + found.prefixed
         queries = found.length
         if chosen is not None:
-            places = torch.as_tensor(found.start), torch.as_tensor(found.start + found.length)
-            first, last = (torch.searchsorted(chosen, place) for place in places)
-            queries = (last - first).numpy()
+            places = chosen.numpy()
+            first = np.searchsorted(places, found.start)
+            queries = np.searchsorted(places, found.start + found.length) - first
         pairs = int((queries * keys).sum())
     one = (x.sum(0, keepdim=True).transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, 1, K]
     queries_of, keys_of, values_of = one
