@@ -1,6 +1,7 @@
 """How the visibility rule, the experts and the loss are computed fast on each kind of device.
 
-Only the files of this folder ask for a device type. What runs in which dtype, under each precision
+Device types are asked for here, and by two shortcuts of decoding on a CPU (``MoE.forward`` and
+``decode.suits``). What runs in which dtype, under each precision
 of a Trainer (tests/test_backbone_precision.py holds this table against the code):
 
 =====================  =========  ================  =========
