@@ -1,8 +1,8 @@
 """How the visibility rule, the experts and the loss are computed fast on each kind of device.
 
 Device types are asked for here, and by two shortcuts of decoding on a CPU (``MoE.forward`` and
-``decode.suits``). What runs in which dtype, under each precision
-of a Trainer (tests/test_backbone_precision.py holds this table against the code):
+``decode.suits``). What runs in which dtype, under each precision of a Trainer
+(tests/test_backbone_precision.py holds this table against the code):
 
 =====================  =========  ================  =========
 computation            32-true    bf16-mixed        bf16-true
