@@ -401,7 +401,7 @@ def recipe(tmp_path: Path) -> Path:
     """A configuration for two processes, one sample each: half of the time one has no image."""
     part = lambda path, **given: {"class_path": path, "init_args": given}  # noqa: E731
     charts = part("sandbox.data.charts.Charts", size=32)
-    monitors = ["RoutingMonitor", "SampleImages"]  # Throughput rounds the step that it counts
+    monitors = ["RoutingMonitor", "SampleImages", "Throughput"]
     config = {
         "model": part(
             "sandbox.train.pretrain.Pretrain",
