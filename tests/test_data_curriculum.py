@@ -20,7 +20,6 @@ from torch import Tensor
 from encoders.patches import Patches
 from fusion.early import EarlyFusion
 from sandbox.backbone.config import BackboneConfig
-from sandbox.checkpoint import KEY
 from sandbox.data.batch import Batch
 from sandbox.data.charts import Charts
 from sandbox.data.clips import Clips
@@ -38,6 +37,7 @@ from sandbox.tokenizer import Tokenizer
 from sandbox.train.callbacks import Checkpoints, RunRecord
 from sandbox.train.optim import OptimizerConfig
 from sandbox.train.pretrain import Pretrain
+from tests.checkpoints import differences, final
 
 PROMPTS = PromptEncoder(Tokenizer.load("small"), tile_size=32, tokens_per_tile=4)
 BATCH = 4
@@ -70,7 +70,7 @@ def make(*, rank: int = 0, world: int = 1, workers: int = 0, **options: Any) -> 
 
 
 def trained(data: VQAData, batches: int) -> None:
-    """Say that so many batches have been trained on."""
+    """Set the number of batches that have been trained on."""
     data.trainer.fit_loop.epoch_loop.batch_progress.total.processed = batches
 
 
@@ -372,23 +372,6 @@ def train(
     with suppress(Killed):
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     return watch
-
-
-def final(folder: Path) -> dict[str, Any]:
-    """All that a run's last checkpoint holds, but for file names and the seed of the session."""
-    content = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    del content["callbacks"], content[KEY]["seed"]
-    return content
-
-
-def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Where two nested states are not the same, bit by bit."""
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [d for key in a for d in differences(a[key], b[key], f"{path}/{key}")]
-    if isinstance(a, list | tuple) and isinstance(b, type(a)) and len(a) == len(b):
-        return [d for i in range(len(a)) for d in differences(a[i], b[i], f"{path}/{i}")]
-    same = torch.equal(a, b) if isinstance(a, Tensor) else a == b
-    return [] if same else [path]
 
 
 @pytest.mark.parametrize(

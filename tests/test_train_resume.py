@@ -17,7 +17,6 @@ from lightning import Callback, Trainer
 from encoders.patches import Patches
 from fusion.early import EarlyFusion
 from sandbox.backbone.config import BackboneConfig
-from sandbox.checkpoint import KEY
 from sandbox.data.batch import Batch
 from sandbox.data.charts import Charts
 from sandbox.data.module import VQAData
@@ -25,6 +24,7 @@ from sandbox.data.task import Sample, Split, Task
 from sandbox.train.callbacks import Checkpoints
 from sandbox.train.optim import OptimizerConfig
 from sandbox.train.pretrain import Pretrain
+from tests.checkpoints import differences, final
 
 STEPS, EVERY, DIES_IN = 7, 3, 5  # updates; a checkpoint after 3; death in the middle of the sixth
 BATCH = 4
@@ -108,23 +108,6 @@ def train(
     with suppress(Killed):
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     return watch.names
-
-
-def final(folder: Path) -> dict[str, Any]:
-    """All that a run's last checkpoint holds, but for file names and the seed of the session."""
-    content = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    del content["callbacks"], content[KEY]["seed"]
-    return content
-
-
-def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Where two nested states are not the same, bit by bit."""
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [d for key in a for d in differences(a[key], b[key], f"{path}/{key}")]
-    if isinstance(a, list | tuple) and isinstance(b, type(a)) and len(a) == len(b):
-        return [d for i in range(len(a)) for d in differences(a[i], b[i], f"{path}/{i}")]
-    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    return [] if same else [path]
 
 
 @pytest.fixture(autouse=True)

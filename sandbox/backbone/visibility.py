@@ -144,7 +144,8 @@ class Visibility:
         Rows with padding get blank tokens, to a ``multiple`` of tokens in all.
         """
         self.chunk = config.chunk
-        self.shape = B, T = positions.shape
+        B, T = positions.shape
+        self.shape = (B, T)
         self.real = real
         self.blank = 0 if real is None else -len(real) % multiple
         self.plain = plain and documents is None and branches is None and blocks is None

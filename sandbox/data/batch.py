@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -188,12 +189,7 @@ class Batch:
         ``non_blocking`` lets the host go on meanwhile. By default it does so for tensors in
         page-locked memory: Lightning asks for it where it copies bare tensors, and not here.
         """
-
-        def moved(tensor: Tensor) -> Tensor:
-            go_on = tensor.is_pinned() if non_blocking is None else non_blocking
-            return tensor.to(device, non_blocking=go_on)
-
-        return self._each(moved)
+        return self._each(partial(moved, device=device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, so that copies to a GPU can overlap."""
@@ -206,6 +202,12 @@ class Batch:
         batch = Batch(**{f.name: changed(getattr(self, f.name)) for f in fields(self) if f.init})
         batch.found = Places(*map(changed, self.places))
         return batch
+
+
+def moved(tensor: Tensor, device: torch.device | str, non_blocking: bool | None) -> Tensor:
+    """The tensor on ``device``; by default the host goes on meanwhile if it is page-locked."""
+    go_on = tensor.is_pinned() if non_blocking is None else non_blocking
+    return tensor.to(device, non_blocking=go_on)
 
 
 def _in_order(rows: Tensor, starts: Tensor, B: int, T: int) -> bool:

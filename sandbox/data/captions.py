@@ -5,6 +5,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sandbox.data.batch import moved
 from sandbox.data.generated import fingerprint
 from sandbox.data.stream import Draw, Stream, named
 from sandbox.data.task import Split, Task
@@ -120,12 +122,7 @@ class Pairs:
         ``non_blocking`` lets the host go on meanwhile. By default it does so for tensors in
         page-locked memory: Lightning asks for it where it copies bare tensors, and not here.
         """
-        return self._each(
-            lambda tensor: tensor.to(
-                device,
-                non_blocking=tensor.is_pinned() if non_blocking is None else non_blocking,
-            )
-        )
+        return self._each(partial(moved, device=device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Pairs":
         """The same batch in page-locked memory, so that copies to a GPU can overlap."""

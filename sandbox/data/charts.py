@@ -145,7 +145,7 @@ def _ways(levels: Sequence[int], *absent: int) -> int:
 
 @cache
 def _placements(levels: int, names: int, held: tuple[int, ...]) -> int:
-    """How many ways so many levels can go to distinct names, off the held-out combinations.
+    """The number of ways to give this many levels distinct names, off the held-out combinations.
 
     ``held`` counts the held-out levels of each name that has any. Inclusion and exclusion: take
     those ways that put j levels on held-out names, in turn off and on (rook numbers).
@@ -322,10 +322,10 @@ class Charts(Task):
         charts: chart types, of "bar", "line", "pie"; None means bar.
         questions: question types, of "value", "extremum", "count", "comparison", "difference";
             None means value, extremum and count, which a tiny model learns first.
-        questions_per_image: at most so many distinct questions an image, at least one.
+        questions_per_image: the largest number of distinct questions an image, at least one.
         style: "small", "large" (from 160 pixels), or "auto": large where it can be.
         seed: another seed draws other scenes, from the same splits.
-        most_items: at most so many bars, circles, lines or slices; None means as many as above.
+        most_items: the largest number of bars, circles, lines or slices; None: as many as above.
 
     Raises:
         UserError: an unknown chart, question type or style, or a number out of range.

@@ -57,7 +57,7 @@ def launcher(args: argparse.Namespace) -> "Launcher":
     """Where the runs go, as ``--jobs``, ``--launcher`` and ``--gpus-per-run`` say.
 
     Raises:
-        UserError: Ray cannot be had as asked for, or there are not so many GPUs.
+        UserError: Ray cannot be had as asked for, or there are fewer GPUs.
     """
     if args.launcher == "ray":
         from sandbox.stages.on_ray import OnRay

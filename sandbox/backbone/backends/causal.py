@@ -1,4 +1,4 @@
-"""Causal attention whose backward pass, on a CPU, is a few large matrix products a block."""
+"""Causal attention of plain rows; on a CPU, its backward pass is a few large products a block."""
 
 from typing import Any
 
@@ -10,6 +10,23 @@ from torch.autograd.function import once_differentiable
 SHORTEST = 256  # tokens from which it beats what torch does
 BLOCK = 64  # queries a head that are worked on at once
 SCORES = 1 << 18  # scores held at once: a megabyte, the share of a core in the cache
+
+
+def plain_rows(
+    q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int], chunk: int | None
+) -> Tensor:
+    """Causal attention of B rows of T tokens, end to end: ``q [B * T, H, K]`` over ``k, v``.
+
+    On local layers, chunks become rows of the batch.
+    """
+    T = shape[1]
+    rows = [x.unflatten(0, shape) for x in (q, k, v)]
+    if chunk is not None and chunk < T:
+        # Padding comes after every true token of the last chunk, where causality hides it.
+        end = (0, 0, 0, 0, 0, -T % chunk)
+        rows = [F.pad(x, end).reshape(-1, chunk, *x.shape[2:]) for x in rows]
+    mixed = causal_attention(*rows)
+    return mixed.reshape(shape[0], -1, *q.shape[1:])[:, :T].flatten(0, 1)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sandbox.backbone.backends.causal import causal_attention
+from sandbox.backbone.backends.causal import plain_rows
 from sandbox.backbone.backends.products import (
     grouped_mm,
     linear,
@@ -19,7 +19,7 @@ from sandbox.backbone.backends.products import (
 )
 from sandbox.backbone.backends.segment_attention import SegmentAttention
 from sandbox.backbone.backends.segments import Plan, continued, flat_of, plan, segments
-from sandbox.backbone.visibility import Coordinates, Visibility, cached_coordinates, visible
+from sandbox.backbone.visibility import Visibility, cached_coordinates, visible
 
 LOGITS = 1 << 23  # numbers that a chunk of logits may hold: 32 MB
 
@@ -47,12 +47,12 @@ def attend(
     """See ``Backend.attend``. Rows with structure never build a mask over a whole row."""
     chunk = view.chunk if local else None
     if view.plain and chosen is None:
-        return _in_fp32(partial(_plain, view=view, chunk=chunk), q, k, v)
-    found = plan_of(view, chunk, q.shape[1], k.shape[1], chosen)
+        return _in_fp32(partial(plain_rows, shape=view.shape, chunk=chunk), q, k, v)
+    if (found := plan_of(view, chunk, q.shape[1], k.shape[1], chosen)) is not None:
+        return _in_fp32(partial(_planned, found=found), q, k, v)
     keys = view.coordinates
     queries = keys if chosen is None else keys.at(chosen)
-    how = partial(_planned, found=found, queries=queries, keys=keys, chunk=chunk)
-    return _in_fp32(how, q, k, v)
+    return _in_fp32(partial(_masked, mask=visible(queries, keys, chunk)), q, k, v)
 
 
 @torch.compiler.disable
@@ -68,9 +68,10 @@ def attend_cached(
         view.plans[key] = found and plan(found, tokens, q.shape[1], k.shape[1], held=held)
     made = view.plans[key]
     assert made is None or isinstance(made, Plan)
+    if made is not None:
+        return _in_fp32(partial(_planned, found=made), q, k, v)
     keys = cached_coordinates(view.coordinates, lengths, slots, chunk)
-    how = partial(_planned, found=made, queries=view.coordinates, keys=keys, chunk=chunk)
-    return _in_fp32(how, q, k, v)
+    return _in_fp32(partial(_masked, mask=visible(view.coordinates, keys, chunk)), q, k, v)
 
 
 def _in_fp32(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -82,35 +83,16 @@ def _in_fp32(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) 
         return attention(q, k, v).to(dtype)
 
 
-def _planned(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    found: Plan | None,
-    queries: Coordinates,
-    keys: Coordinates,
-    chunk: int | None,
-) -> Tensor:
-    """Attention over segments; where coordinates have no structure, under a mask of all tokens."""
-    if found is not None:
-        return SegmentAttention.apply(q, k, v, found)
+def _planned(q: Tensor, k: Tensor, v: Tensor, found: Plan) -> Tensor:
+    return SegmentAttention.apply(q, k, v, found)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention under a mask of all tokens, where coordinates have no structure."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    mask = visible(queries, keys, chunk)
     gqa = q.shape[1] != k.shape[1]
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
     return mixed[0].transpose(0, 1)
-
-
-def _plain(q: Tensor, k: Tensor, v: Tensor, view: Visibility, chunk: int | None) -> Tensor:
-    """Causal attention of plain rows; on local layers chunks become rows of the batch."""
-    B, T = view.shape
-    rows = [x.unflatten(0, (B, T)) for x in (q, k, v)]
-    if chunk is not None and chunk < T:
-        # Padding comes after every true token of the last chunk, where causality hides it.
-        end = (0, 0, 0, 0, 0, -T % chunk)
-        rows = [F.pad(x, end).reshape(-1, chunk, *x.shape[2:]) for x in rows]
-    mixed = causal_attention(*rows)
-    return mixed.reshape(B, -1, *q.shape[1:])[:, :T].flatten(0, 1)
 
 
 def plan_of(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from sandbox.backbone.backends.causal import plain_rows
 from sandbox.backbone.backends.visits import Visits, sorted_visits
 from sandbox.backbone.visibility import Coordinates, Visibility, cached_coordinates, sees, visible
 
@@ -24,7 +25,7 @@ def attend(
     """See ``Backend.attend``. Block masks are built once a pass, from the rule itself."""
     chunk = view.chunk if local else None
     if view.plain and chosen is None:
-        return _plain(q, k, v, view, chunk)
+        return plain_rows(q, k, v, view.shape, chunk)
     keys = view.coordinates
     queries = keys if chosen is None else keys.at(chosen)
     return _attend_by_rule(q, k, v, view, queries, keys, chunk, chosen is None)
@@ -67,19 +68,6 @@ def _attend_by_rule(
     additive = view.plans[key]
     assert isinstance(additive, Tensor)
     return masked(q, k, v, additive)
-
-
-def _plain(q: Tensor, k: Tensor, v: Tensor, view: Visibility, chunk: int | None) -> Tensor:
-    """Causal attention of plain rows; on local layers chunks become rows of the batch."""
-    B, T = view.shape
-    rows = [x.unflatten(0, (B, T)) for x in (q, k, v)]
-    if chunk is not None and chunk < T:
-        end = (0, 0, 0, 0, 0, -T % chunk)  # hidden by causality
-        rows = [F.pad(x, end).reshape(-1, chunk, *x.shape[2:]) for x in rows]
-    queries, keys, values = (x.transpose(1, 2) for x in rows)
-    gqa = q.shape[1] != k.shape[1]
-    mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=gqa)
-    return mixed.transpose(1, 2).reshape(B, -1, *q.shape[1:])[:, :T].flatten(0, 1)
 
 
 def rule(queries: Coordinates, keys: Coordinates, chunk: int | None) -> Any:
